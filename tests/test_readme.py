@@ -1,0 +1,98 @@
+"""The READMEs tell the truth: their commands exist, their tables are what results.jsonl gives."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import readme
+
+TEXTS = {str(path.relative_to(readme.ROOT)): path for path in readme.readmes()}
+
+
+def commands():
+    """The lines of the ```sh blocks of all READMEs and the `make ...` and `python ...` in the text."""
+    found = {}
+    for name, path in TEXTS.items():
+        text = path.read_text()
+        lines = [s for block in re.findall(r"```sh\n(.*?)```", text, re.S) for s in block.splitlines()]
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        lines += re.findall(r"`((?:make|python|pytest) [^`\n]+)`", prose)
+        for line in lines:
+            line = line.split(" #")[0].strip()
+            if line and not line.startswith(("git clone", "cd ", "#")):
+                found.setdefault(line, name)
+    return found
+
+
+def dry(line):
+    """A form of the command that runs at once: make -n, --help of the same command, or collect."""
+    words = shlex.split(line)
+    while re.match(r"[A-Z_]+=", words[0]):  # VARIABLE=value in front
+        words.pop(0)
+    if words[0] == "make":
+        return ["make", "-n", *words[1:]]
+    if words[0] == "pytest":
+        return [sys.executable, "-m", "pytest", "--collect-only", *words[1:]]
+    assert words[0] == "python", f"{line}: not a make, python or pytest command"
+    if words[1] == "-m":
+        return [sys.executable, *words[1:3], "--help"]
+    subcommand = [w for w in words[2:3] if not w.startswith("-")]
+    flags = [w for w in words[2:] if w.startswith("--")]
+    return [sys.executable, words[1], *subcommand, "--help"], flags
+
+
+def test_commands_are_found():
+    assert {"make 03", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_exists(line):
+    command, flags = dry(line), []
+    if isinstance(command, tuple):
+        command, flags = command
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=readme.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{commands()[line]}: {line}\n{done.stderr}"
+    for flag in flags:
+        assert flag.split("=")[0] in done.stdout, f"{line}: no flag {flag}"
+    for path in re.findall(r"(?:ARGS|PROMPT|DATA)=\S*|\b\d\d_\w+/\S+\.py\b", line):
+        assert "=" in path or (readme.ROOT / path).exists(), f"{line}: no {path}"
+
+
+@pytest.mark.parametrize("path", readme.ROOT.glob("[0-9][0-9]_*/run.py"), ids=lambda p: p.parent.name)
+def test_every_command_of_a_stage_has_help(path):
+    def help(*words):
+        command = [sys.executable, path, *words, "--help"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    names = re.search(r"\{([\w,-]+)\}", help())[1].split(",")
+    assert "train" in names
+    for name in names:
+        text = help(name)
+        assert text.count("(default:") == text.count("  --"), f"{path} {name}: {text}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_results_tables_are_what_results_jsonl_gives(name):
+    text = TEXTS[name].read_text()
+    assert readme.MARKS.search(text), f"{name} has no <!-- results --> marks"
+    assert readme.rendered(TEXTS[name]) == text, f"{name}: run `make readme`"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXTS[name].read_text()):
+        assert (TEXTS[name].parent / target).exists(), f"{name} links to {target}"
+
+
+def test_a_table_of_two_runs():
+    rows = [dict(command="a", commit="c", machine="m", seed=1, bpb=2.34567), dict(seed=2, minutes=3.0)]
+    assert readme.table(rows).splitlines() == [
+        "| seed | bpb | minutes | command, commit, machine |",
+        "| --- | --- | --- | --- |",
+        "| 1 | 2.346 |  | `a`, c, m |",
+        "| 2 |  | 3 | ``, ,  |",
+    ]
