@@ -38,6 +38,7 @@ check:
 
 tokenizer: $(SETUP)
 	@$(PYTHON) 01_tokenizer/run.py train $(DATA_FLAG)
+	@$(PYTHON) 01_tokenizer/run.py encode $(DATA_FLAG)
 
 03: tokenizer ## train a GPT-2 and print samples (PRESET=124m for the real one)
 	$(PYTHON) 03_gpt/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(ARGS)

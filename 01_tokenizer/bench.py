@@ -2,15 +2,17 @@
 
 Every round times each contestant once, one after the other in this process tree, and medians
 are compared: a ratio above 1 says ours is faster. `encode` and `train` use the plays (5.3 MB),
-`long-`
-74 MB of the standard library's source and the plays. Writes out/01_tokenizer/bench.json.
+`long-` 74 MB of the standard library's source and the plays. Memory is the proportional share
+(PSS) of a process and its children together, sampled five times a second: the largest resident
+size that the system remembers counts shared pages once per process, and begins with that of the
+process which started it. Writes out/01_tokenizer/bench.json.
 """
 
 import importlib.util
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -174,11 +176,19 @@ def bench_long(results: dict, folder: Path, what: str, ours: str, peers: list[st
     """Each contestant in a process of its own, which also says how much memory it took."""
     path = folder / "long.txt"
     path.write_text(long_text(), encoding="utf-8", newline="")
+    if ours == "encode":
+        tokenizers_pair("gpt2")[1].save(folder)
     said: dict[str, list[dict]] = {task: [] for task in (ours, *peers)}
 
     def child(task: str) -> float:
         command = [sys.executable, __file__, "--child", task, str(path)]
-        said[task].append(json.loads(subprocess.run(command, stdout=subprocess.PIPE).stdout))
+        process, peak = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), 0.0
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid))
+            time.sleep(0.2)
+        if process.returncode:
+            sys.exit(f"bench.py: the task {task} failed")
+        said[task].append(json.loads(process.stdout.read()) | {"gb": peak})
         return said[task][-1]["seconds"]
 
     contestants = {task: lambda task=task: child(task) for task in said}
@@ -189,6 +199,17 @@ def bench_long(results: dict, folder: Path, what: str, ours: str, peers: list[st
         row(results, what, seconds, ours, peer, path.stat().st_size, tokens, peaks)
 
 
+def memory(pid: int) -> float:
+    """GB of a process and its descendants now, a shared page divided among those who share it."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        children = " ".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:  # it has just ended
+        return 0.0
+    kilobytes = sum(map(int, re.findall(r"\nPss: *(\d+) kB", rollup)))
+    return kilobytes * 1024 / 1e9 + sum(map(memory, map(int, children.split())))
+
+
 def run_child(task: str, path: Path) -> None:
     """One long task, timed without imports, from a file to a file or a vocabulary."""
     said = {}
@@ -196,32 +217,32 @@ def run_child(task: str, path: Path) -> None:
         said["seconds"] = timed(lambda: train_ours(path, LONG_VOCAB_SIZE))
     elif task == "tokenizers":
         said["seconds"] = timed(lambda: train_theirs(path, LONG_VOCAB_SIZE))
-    else:
-        theirs, ours = tokenizers_pair("gpt2")
+    elif task == "encode":
+        from bpe import Tokenizer
+
+        ours = Tokenizer.load(path.parent)
+        start = time.perf_counter()
+        said["tokens"] = ours.encode_file(path, f"{path}.ids", num_processes=os.cpu_count())
+        said["seconds"] = time.perf_counter() - start
+    else:  # as one would write it: a megabyte at a time, "threads" on all cores
+        import numpy as np
+        import tiktoken
+
+        theirs = tiktoken.get_encoding("gpt2")
         target = path.with_suffix(f".{task}")
         start = time.perf_counter()
-        if task == "encode":
-            said["tokens"] = ours.encode_file(path, target, num_processes=os.cpu_count())
-        else:  # as one would write it: a megabyte at a time, "threads" on all cores
-            import numpy as np
-
-            text = path.read_bytes().decode()
-            chunks = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
-            with open(target, "wb") as file:
-                for start_ in range(0, len(chunks), 8):
-                    some = chunks[start_ : start_ + 8]
-                    if task == "tiktoken":
-                        encoded = map(theirs.encode_ordinary, some)
-                    else:
-                        encoded = theirs.encode_ordinary_batch(some, num_threads=os.cpu_count())
-                    for ids in encoded:
-                        file.write(np.array(ids, np.uint16).tobytes())
+        text = path.read_bytes().decode()
+        chunks = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
+        with open(target, "wb") as file:
+            for start_ in range(0, len(chunks), 8):
+                some = chunks[start_ : start_ + 8]
+                if task == "tiktoken":
+                    encoded = map(theirs.encode_ordinary, some)
+                else:
+                    encoded = theirs.encode_ordinary_batch(some, num_threads=os.cpu_count())
+                for ids in encoded:
+                    file.write(np.array(ids, np.uint16).tobytes())
         said["seconds"] = time.perf_counter() - start
-    own, children = (
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    said["gb"] = (own + os.cpu_count() * children) / 1e6  # an upper bound: shared pages twice
     print(json.dumps(said))
 
 

@@ -3,10 +3,10 @@ r"""Byte-level byte-pair encoding: learn a vocabulary from text, then text to id
 Parent: none
 
 A language model reads numbers. Characters would make sequences long, whole words would leave
-every new word unknown. Byte-pair encoding stands between: begin with the 256 bytes, so that
-any text can be written, then again and again make the most frequent pair of neighbours a new
-token. Text is first cut into pre-tokens, roughly words with the space before them, and pairs
-are counted only inside these. This is all of it:
+every new word unknown. Byte-pair encoding stands between: begin with the 256 bytes, so that any
+text can be written, then again and again make the most frequent pair of neighbours a new token.
+Text is first cut into pre-tokens, roughly words with the space before them, and pairs are counted
+only inside these. This is all of it:
 
     def plain_bpe(text, n_merges):
         words = Counter(regex.findall(GPT2_PATTERN, text))
@@ -29,41 +29,32 @@ are counted only inside these. This is all of it:
             out.append(token)
         return tuple(out)
 
-To encode, cut new text into pre-tokens and apply the merges in the order they were learned:
-in each pre-token the pair that was learned first goes first (`rank` is that order). To decode,
-put the bytes of the tokens in a row; only then are they UTF-8, a token may be half a character.
+To encode, cut new text into pre-tokens and apply the merges in the order they were learned (their
+`rank`). To decode, put the bytes of the tokens in a row; only then are they UTF-8, a token may be
+half a character.
 
 Why the fast version is fast, although it is Python:
-
 - Training counts distinct pre-tokens once, in several processes. A merge then touches only the
-  words that hold the pair (an index from pair to words), changes only the counts beside it,
-  and finds the next pair in a heap whose entries may be out of date: counts of old pairs only
-  fall, so an entry is checked when it comes up. A word is a str with one character per token:
-  finding a pair in it is a substring search, in C.
-- A pre-token has the same ids wherever it stands, and most were seen before. So encoding is
-  one `findall`, one dictionary look-up each and one `join`: all C. Plain `re` takes a third
-  of the time of `regex` but knows no \p{L}, so it does the ASCII part of the text, which
-  has letters a-z.
+  words that hold the pair (an index from pair to words) and the counts beside it; the next pair is
+  on a heap whose entries may be out of date: counts of old pairs only fall, so an entry is checked
+  when it comes up. A word is a str with a character per token, so finding a pair is C's work.
+- A pre-token has the same ids wherever it stands, and most were seen before. So encoding is one
+  `findall`, one dictionary look-up each and one `join`: all C. Plain `re` takes a third of the
+  time of `regex` but knows no \p{L}, so it does the ASCII part, which has letters a-z.
 - Pre-tokens not seen before are merged thousands at a time with numpy: a matrix with a row per
   word, in each round every row's best pair.
-- Files are cut where no pre-token crosses (`CUT`), so processes share the work and memory
-  does not grow with the file.
+- Files are cut where no pre-token crosses (`CUT`): processes share the work, memory stays constant.
 
-Four traps, each with a test. A space belongs to the word after it: a prompt that ends in a
-space ends in a lone space token, which no text does. GPT-2 cuts numbers anywhere, which hides
-arithmetic; GPT-4 takes digits in threes. GPT-2 spends a token on each space of indented code,
-GPT-4 one on the run. A language that the training text lacked costs several tokens a character.
+Four traps, each with a test. A space belongs to the word after it: a prompt that ends in a space
+ends in a token that no text has. GPT-2 cuts numbers anywhere, which hides arithmetic; GPT-4 takes
+digits in threes. GPT-2 spends a token on each space of indented code, GPT-4 one on the run. A
+language that the training text lacked costs several tokens a character.
 
 Read `merge_words`, `Tokenizer._encode` and `_merge_block`; the rest is cutting and files.
-
-Papers: Gage 1994 (A New Algorithm for Data Compression); Sennrich et al. 2015 (1508.07909, BPE
-for words); Radford et al. 2019 (GPT-2: bytes and pre-tokens); Zouhar et al. 2023 (2306.16837,
-how good the greedy choice is).
+Papers: Gage 1994 (A New Algorithm for Data Compression); Sennrich et al. 2015 (1508.07909, BPE for
+words); Radford et al. 2019 (GPT-2: bytes and pre-tokens); Zouhar et al. 2023 (2306.16837).
 """
 
-from __future__ import annotations
-
-import contextlib
 import heapq
 import json
 import mmap
@@ -74,8 +65,9 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from functools import cached_property, lru_cache
-from itertools import chain
+from functools import cached_property, partial
+from io import BytesIO
+from itertools import chain, starmap
 from operator import add
 from pathlib import Path
 
@@ -86,24 +78,17 @@ import regex
 # alike. GPT-2: a contraction, a word, a number or a run of marks, each with the one space before
 # it; of white space the last character is left for what follows.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-4 (cl100k_base): digits in threes, contractions in either case, line breaks go with the marks
-# before them. White space that ends the text is one pre-token.
-GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s+(?!\s|\S)|\s*[\r\n]|\s+(?!\S)|\s"
-)
+# GPT-4 (cl100k_base): digits in threes, contractions in either case, marks take line breaks along.
+GPT4_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+GPT4_PATTERN += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\s|\S)|\s*[\r\n]|\s+(?!\S)|\s"
 # GPT-4o (o200k_base): cuts "camelCase" at the capital, and keeps contractions with their word.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-O200K_PATTERN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_PATTERN = (
-    rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+O200K_PATTERN = f"{_LEAD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_LEAD}{_UPPER}+{_LOWER}*{_SUFFIX}?"
+O200K_PATTERN += r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA3_PATTERN += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 # SmolLM2 splits off each digit, then applies GPT-2's pattern to the rest. One pattern does both:
 # white space takes a digit for the end of the text.
@@ -120,7 +105,6 @@ LAST_CUT = regex.compile(r"(?r)" + CUT.pattern)
 _WHITE = rb"[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f"
 _WHITE += rb"|\xe3\x80\x80"
 CUT_BYTES = regex.compile(rb"(?<!%b)\n(?!/|%b)" % (_WHITE, _WHITE))  # the second, in UTF-8
-
 NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 END_OF_TEXT = "<|endoftext|>"
@@ -155,9 +139,6 @@ class Splitter:
             ascii_only = re.sub(r"^('\(.*?\)\|)( \?\[a-zA-Z\]\+\|)", r"\2\1", ascii_only)
             self.ascii = re.compile(re.sub(r"\\p\{\w+\}", "", ascii_only), re.ASCII)
 
-    def __reduce__(self):
-        return Splitter, (self.pattern,)
-
     def chunks(self, text: str, size: int) -> Iterator[str]:
         """`text` in chunks of about `size` characters that split as they do in the whole."""
         start = 0
@@ -169,11 +150,9 @@ class Splitter:
     def split(self, text: str) -> list[str]:
         """The pre-tokens of `text`; together they are the text."""
         if not self.known:  # it may leave gaps (they become pre-tokens too) or hold groups
-            pieces, end = [], 0
-            for match in self.unicode.finditer(text):
-                pieces += (text[end : match.start()], match.group())
-                end = match.end()
-            return [piece for piece in (*pieces, text[end:]) if piece]
+            spans = (match.span() for match in self.unicode.finditer(text))
+            ends = [0, *chain.from_iterable(spans), len(text)]
+            return [text[a:b] for a, b in zip(ends, ends[1:]) if a < b]
         # Plain `re` for what is ASCII, `regex` for what lies around other characters.
         pieces, done = [], 0
         while not text.isascii() and (other := NOT_ASCII.search(text, done)):
@@ -188,64 +167,43 @@ class Splitter:
 
 
 def train_bpe(
-    input_path: str | os.PathLike,
-    vocab_size: int,
-    special_tokens: Iterable[str] = (),
-    num_processes: int | None = None,
-    pattern: str = GPT2_PATTERN,
+    input_path, vocab_size: int, special_tokens=(), num_processes=None, pattern=GPT2_PATTERN
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
     """Learns a byte-level BPE vocabulary from a UTF-8 file (Sennrich et al. 2015).
 
-    Returns `vocab` (the 256 bytes, then the special tokens, then one token per merge) and
-    `merges` in the order learned. Of pairs that are equally frequent the greater one, as a pair
-    of byte strings, goes first. Special tokens separate texts and are not learned from. The
-    result does not depend on `num_processes` (default: one per core and 2 MB).
-
-    Raises ValueError if the corpus is missing, empty or not UTF-8, or `vocab_size` is below
-    256 + special tokens or above what the corpus can give.
+    Returns `vocab` (the 256 bytes, then the special tokens, then one token per merge) and `merges`
+    in the order learned. Of pairs that are equally frequent the greater one, as a pair of byte
+    strings, goes first. Special tokens separate texts and are not learned from. The result does not
+    depend on `num_processes` (default: one per core and 2 MB). Raises ValueError for a missing,
+    empty or not UTF-8 corpus, and a `vocab_size` that is too small or more than it can give.
     """
     special_tokens = _check_special_tokens(special_tokens)
     least = 256 + len(special_tokens)
     if vocab_size < least:
-        raise ValueError(
-            f"vocab_size {vocab_size} is too small: the bytes and special tokens are {least}"
-        )
+        raise ValueError(f"vocab_size {vocab_size} is too small: bytes and specials are {least}")
     counts = count_pretokens(input_path, special_tokens, num_processes, pattern)
     merges = merge_words(counts, vocab_size - least)
-    if least + len(merges) < vocab_size:
-        raise ValueError(
-            f"vocab_size {vocab_size} is more than {input_path} can give: every word there is one "
-            f"token at {least + len(merges)}; use at most that, or a longer text"
-        )
+    if (most := least + len(merges)) < vocab_size:
+        what = f"vocab_size {vocab_size} is more than {input_path} can give"
+        raise ValueError(f"{what}: every word is one token at {most}; use that, or a longer text")
     tokens = [bytes([b]) for b in range(256)] + [token.encode() for token in special_tokens]
     return dict(enumerate(tokens + [a + b for a, b in merges])), merges
 
 
-def count_pretokens(
-    path: str | os.PathLike,
-    special_tokens: Iterable[str] = (),
-    num_processes: int | None = None,
-    pattern: str = GPT2_PATTERN,
-) -> Counter[str]:
-    """How often each pre-token occurs in a file.
-
-    Memory holds the chunks at work and the distinct pre-tokens, however long the file. A pattern
-    that is not in `KNOWN_PATTERNS` might match across any cut, so it needs the file whole.
-    """
+def count_pretokens(path, special_tokens, num_processes, pattern) -> Counter[str]:
+    """How often each pre-token of a file occurs; memory is for these and the chunks at work."""
     splitter = Splitter(pattern)
     chunks, processes = _file_chunks(path, splitter, special_tokens, num_processes)
     shared = (path, splitter, frozenset(special_tokens))
-    total: Counter[str] = Counter()
-    with _process_map(_count_chunk, shared, chunks, processes) as results:
-        for counts in results:
-            total.update(counts)
+    total = Counter()
+    for counts in _process_map(_count_chunk, shared, chunks, processes):
+        total.update(counts)
     return total
 
 
 def _count_chunk(path, splitter: Splitter, special: frozenset, start: int, end: int) -> Counter:
-    text = _read_text(path, start, end)
-    counts: Counter[str] = Counter()
-    for part in _split_special(text, special)[::2]:
+    counts = Counter()
+    for part in _split_special(_read_text(path, start, end), special)[::2]:
         for chunk in splitter.chunks(part, TEXT_CHUNK):
             counts.update(splitter.split(chunk))
     return counts
@@ -254,32 +212,24 @@ def _count_chunk(path, splitter: Splitter, special: frozenset, start: int, end: 
 def merge_words(counts: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
     """The first `n_merges` merges of words that occur `counts[word]` times; fewer if spent.
 
-    A word is kept as a string with one character per token (character 256 + i is what merge i
-    makes), so that a pair is a string of two and a merge in a word is a search for it.
+    A word is a string with one character per token (256 + i is what merge i makes), so that a pair
+    is a string of two and a merge is a search for it.
     """
-    words = []
-    freqs = []
-    for word, count in counts.items():
-        if len(word) > 1 or not word.isascii():
-            words.append(word if word.isascii() else word.encode().decode("latin-1"))
-            freqs.append(count)
-
-    pair_counts: dict[str, int] = defaultdict(int)
-    where: dict[str, list[int]] = defaultdict(list)  # pair -> words, some no longer holding it
-    for i, word in enumerate(words):
-        freq = freqs[i]
+    words = [word if word.isascii() else word.encode().decode("latin-1") for word in counts]
+    freqs = list(counts.values())
+    pair_counts = defaultdict(int)
+    where = defaultdict(list)  # pair -> the words that hold it, and some that did
+    for i, (word, freq) in enumerate(zip(words, freqs)):
         for pair in map(add, word, word[1:]):
             pair_counts[pair] += freq
             where[pair].append(i)
 
     tokens = [bytes([b]) for b in range(256)]
-    # heapq gives the least first, so ties compare complemented bytes; the end mark, above any
-    # byte, puts "abc" before "ab".
+    # heapq gives the least first: compare complemented bytes, and an end mark above them all.
     order = [chr(255 - b) + "\u0100" for b in range(256)]
     heap = [(-n, order[ord(p[0])] + order[ord(p[1])], p) for p, n in pair_counts.items()]
     heapq.heapify(heap)
-
-    merges: list[tuple[bytes, bytes]] = []
+    merges = []
     while len(merges) < n_merges and heap:
         negative_count, key, pair = heapq.heappop(heap)
         count = pair_counts[pair]
@@ -287,14 +237,12 @@ def merge_words(counts: dict[str, int], n_merges: int) -> list[tuple[bytes, byte
             if count:
                 heapq.heappush(heap, (-count, key, pair))
             continue
-
         a, b = pair
         new = chr(256 + len(merges))
         tokens.append(tokens[ord(a)] + tokens[ord(b)])
         order.append(order[ord(a)][:-1] + order[ord(b)])
         merges.append((tokens[ord(a)], tokens[ord(b)]))
-
-        change: dict[str, int] = defaultdict(int)
+        change = defaultdict(int)
         for i in where.pop(pair):
             word = words[i]
             left, found, right = word.partition(pair)
@@ -321,7 +269,6 @@ def merge_words(counts: dict[str, int], n_merges: int) -> list[tuple[bytes, byte
                 change[b + after] -= freq
                 change[new + after] += freq
                 where[new + after].append(i)
-
         del pair_counts[pair]
         change.pop(pair, None)
         for p, difference in change.items():
@@ -336,32 +283,22 @@ class Tokenizer:
     """Byte-level BPE with a given vocabulary."""
 
     def __init__(
-        self,
-        vocab: dict[int, bytes],
-        merges: list[tuple[bytes, bytes]],
-        special_tokens: Iterable[str] | dict[str, int] | None = None,
-        pattern: str = GPT2_PATTERN,
-        *,
-        ignore_merges: bool = False,
-        normalizer: str | None = None,
+        self, vocab, merges, special_tokens=None, pattern=GPT2_PATTERN, *, ignore_merges=False
     ):
-        """`special_tokens` that `vocab` lacks get the next free ids, or those a dict gives.
+        """From what `train_bpe` returns: id -> bytes, and pairs of bytes in the order learned.
 
+        `special_tokens` that `vocab` lacks get the next free ids, or those a dict gives.
         `ignore_merges`: a pre-token that is in the vocabulary is taken whole, even where its
-        merges would end elsewhere (tiktoken, Llama 3). `normalizer`: None or "NFC" (Qwen).
+        merges would end elsewhere (tiktoken, Llama 3).
         """
-        self.vocab = dict(vocab)
-        self.merges = list(merges)
-        self.splitter = Splitter(pattern)
-        self.ignore_merges = ignore_merges
-        self.normalizer = normalizer
+        self.vocab, self.merges = dict(vocab), list(merges)
+        self.splitter, self.ignore_merges = Splitter(pattern), bool(ignore_merges)
+        self.normalizer = None  # or "NFC": what is done to text first (Qwen)
         id_of = {token: i for i, token in reversed(self.vocab.items())}
-        self.special_tokens: dict[str, int] = {}
+        given = special_tokens if isinstance(special_tokens, dict) else {}
+        self.special_tokens = {}
         for token in _check_special_tokens(special_tokens or ()):
-            if isinstance(special_tokens, dict):
-                index = special_tokens[token]
-            else:
-                index = id_of.get(token.encode(), max(self.vocab) + 1)
+            index = given.get(token, id_of.get(token.encode(), max(self.vocab) + 1))
             if self.vocab.setdefault(index, token.encode()) != token.encode():
                 taken = self.vocab[index]
                 raise ValueError(f"id {index} of special token {token!r} is taken by {taken!r}")
@@ -373,15 +310,12 @@ class Tokenizer:
     def _build_tables(self, id_of: dict[bytes, int]) -> None:
         """Arrays that answer for many pairs at once: their rank, and the token they make."""
         self._end = self.vocab_size  # stands where a word ends, and merges with nothing
-        byte_ids = [id_of.get(bytes([b]), -1) for b in range(256)]
-        self._byte_ids = np.array(byte_ids, np.int64)
-        self._missing_bytes = bytes(b for b in range(256) if byte_ids[b] < 0)
+        self._byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)], np.int64)
+        self._missing_bytes = bytes(np.flatnonzero(self._byte_ids < 0).tolist())
         try:
             triples = [(id_of[a], id_of[b], id_of[a + b]) for a, b in self.merges]
         except KeyError as error:
-            raise ValueError(
-                f"vocab lacks {error.args[0]!r}, which merges name: take both from one tokenizer"
-            ) from None
+            raise ValueError(f"vocab lacks {error}, which merges name: they do not match") from None
         left, right, self._product = np.array(triples, np.int64).reshape(-1, 3).T.copy()
         keys = left * (self._end + 1) + right
         order = np.argsort(keys, kind="stable")
@@ -391,32 +325,23 @@ class Tokenizer:
         self._size[list(self.vocab)] = list(map(len, self.vocab.values()))
 
         a, b = np.divmod(np.arange(1 << 16), 256)
-        self._byte_pair_ranks = self._rank(self._byte_ids[a], self._byte_ids[b])
-        self._byte_pair_ranks = np.append(self._byte_pair_ranks, NEVER)
-
+        self._byte_pair_ranks = np.append(self._rank(self._byte_ids[a], self._byte_ids[b]), NEVER)
         # Pre-token -> its ids as uint32 bytes; to begin with, of those that are one token.
         special = set(self.special_tokens.values())
         tokens = [token for i, token in self.vocab.items() if i not in special]
         if self.ignore_merges:
             whole = [id_of[token].to_bytes(4, "little") for token in tokens]
         else:
-            tokens = [token for token in tokens if len(token) <= SHORT]
-            whole = self._merge_short(tokens)
+            whole = self._merge_short(tokens := [t for t in tokens if len(t) <= SHORT])
         texts = [token.decode(errors="replace") for token in tokens]
         self._known = {t: i for t, i in zip(texts, whole) if len(i) == 4 and "\ufffd" not in t}
         self._cache, self._room = dict(self._known), CACHE_SIZE
 
     @classmethod
-    def from_ranks(
-        cls,
-        ranks: dict[bytes, int],
-        pattern: str,
-        special_tokens: Iterable[str] | dict[str, int] | None = None,
-    ) -> Tokenizer:
+    def from_ranks(cls, ranks: dict[bytes, int], pattern: str, special_tokens=None) -> "Tokenizer":
         """A tokenizer from tiktoken's ranks, in which a token's id is its rank.
 
-        tiktoken joins any two neighbours that make a token, so each way to cut a token into two
-        is a merge, and those of one token stand together.
+        tiktoken joins any neighbours that make a token, so each way to cut one in two is a merge.
         """
         merges = []
         for token in sorted(ranks, key=ranks.__getitem__):
@@ -426,73 +351,55 @@ class Tokenizer:
         vocab = {rank: token for token, rank in ranks.items()}
         return cls(vocab, merges, special_tokens, pattern, ignore_merges=True)
 
-    def encode(self, text: str, allowed_special: str | Iterable[str] = "all") -> list[int]:
+    def encode(self, text: str, allowed_special="all") -> list[int]:
         """The ids of `text`.
 
         `allowed_special` says which special tokens become their id where the text spells them:
-        "all", "none" or a set. Others stay text, as they should in what a user typed. Raises
-        ValueError for half a surrogate pair. (Bytes that a loaded vocabulary lacks have no id and
-        are left out, as in `tokenizers`; SmolLM2 lacks control characters.)
+        "all", "none" or a set; in what a user typed they should stay text. Bytes that a loaded
+        vocabulary lacks are left out, as in `tokenizers`. Raises ValueError for lone surrogates.
         """
         ids = b"".join(self._encode(text, self._allowed(allowed_special)))
         return np.frombuffer(ids, "<u4").tolist()
 
-    def encode_iterable(
-        self, texts: Iterable[str], allowed_special: str | Iterable[str] = "all"
-    ) -> Iterator[int]:
-        """Yields the ids of the concatenated `texts` (a file's lines, say) one by one.
-
-        Memory is constant: text is held only up to the next place where it can be cut.
-        """
+    def encode_iterable(self, texts: Iterable[str], allowed_special="all") -> Iterator[int]:
+        """Yields the ids of the concatenated `texts`, a file's lines, say, in constant memory."""
         allowed = self._allowed(allowed_special)
         can_cut = _can_cut(self.splitter, allowed)
-        held, length, enough = [], 0, STREAM_CHUNK
+        held, enough = "", STREAM_CHUNK
         for text in chain(texts, [None]):  # None: the end
-            held.append(text or "")
-            length += len(held[-1])
-            if text is not None and (length < enough or not can_cut):
+            held += text or ""
+            if text is not None and (len(held) < enough or not can_cut):
                 continue
-            whole = "".join(held)
-            match = LAST_CUT.search(whole)
-            cut = len(whole) if text is None else match.start() if match else 0
-            for ids in self._encode(whole[:cut], allowed, STREAM_CHUNK, STREAM_CACHE_SIZE):
+            match = LAST_CUT.search(held)
+            cut = len(held) if text is None else match.start() if match else 0
+            for ids in self._encode(held[:cut], allowed, STREAM_CHUNK, STREAM_CACHE_SIZE):
                 yield from np.frombuffer(ids, "<u4").tolist()
-            held, length = [whole[cut:]], len(whole) - cut
-            enough = STREAM_CHUNK + 2 * length  # where nothing can be cut, try ever more rarely
+            held = held[cut:]
+            enough = STREAM_CHUNK + 2 * len(held)  # where nothing can be cut, try ever more rarely
 
-    def encode_file(
-        self,
-        source: str | os.PathLike,
-        target: str | os.PathLike,
-        allowed_special: str | Iterable[str] = "all",
-        num_processes: int | None = None,
-    ) -> int:
-        """Writes the ids of a UTF-8 file to `target`, flat and little-endian; returns how many.
+    def encode_file(self, source, target, allowed_special="all", num_processes=None) -> int:
+        """Writes the ids of a UTF-8 file to another, which appears when complete; returns how many.
 
-        uint16, or uint32 where `vocab_size` is above 65,536. The target appears when complete.
+        Flat little-endian uint16, or uint32 where `vocab_size` is above 65,536.
         """
         allowed = self._allowed(allowed_special)
         chunks, processes = _file_chunks(source, self.splitter, allowed, num_processes)
-        shared = (self, source, allowed)
-        with (
-            _process_map(_encode_chunk, shared, chunks, processes) as results,
-            atomic_write(target) as file,
-        ):
-            return sum(map(file.write, results)) // self.dtype.itemsize
+        results = _process_map(self._encode_chunk, (source, allowed), chunks, processes)
+        return _write(target, results) // self.dtype.itemsize
+
+    def _encode_chunk(self, path, allowed: frozenset[str], start: int, end: int) -> bytes:
+        ids = b"".join(self._encode(_read_text(path, start, end), allowed))
+        return np.frombuffer(ids, "<u4").astype(self.dtype).tobytes()
 
     def _allowed(self, allowed_special: str | Iterable[str]) -> frozenset[str]:
-        if allowed_special in ("all", "none"):
-            return frozenset(self.special_tokens if allowed_special == "all" else ())
-        allowed = frozenset(allowed_special)
-        for token in allowed - self.special_tokens.keys():
-            raise ValueError(
-                f"allowed_special has {token!r}, which is none of {list(self.special_tokens)[:5]}"
-            )
+        if allowed_special == "none":
+            return frozenset()
+        allowed = frozenset(self.special_tokens if allowed_special == "all" else allowed_special)
+        if unknown := allowed - self.special_tokens.keys():
+            raise ValueError(f"allowed_special has {min(unknown)!r}, none of the special tokens")
         return allowed
 
-    def _encode(
-        self, text: str, allowed: frozenset[str], size: int = TEXT_CHUNK, room: int = CACHE_SIZE
-    ) -> Iterator[bytes]:
+    def _encode(self, text: str, allowed, size=TEXT_CHUNK, room=CACHE_SIZE) -> Iterator[bytes]:
         """Yields the ids of `text` as uint32 bytes, a chunk at a time."""
         for i, part in enumerate(_split_special(text, allowed)):
             if i % 2:  # what the split was at
@@ -515,18 +422,14 @@ class Tokenizer:
         if self._room < 0:
             self._cache, self._room = dict(self._known), room
             new = list(pieces.difference(self._cache))
-        self._cache.update(zip(new, self._merge(new)))
-
-    def _merge(self, pieces: list[str]) -> Iterator[bytes]:
         try:
-            words = [piece.encode().translate(None, self._missing_bytes) for piece in pieces]
+            words = [piece.encode().translate(None, self._missing_bytes) for piece in new]
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text holds {error.object[error.start]!r}, half of a surrogate pair, which is no "
-                "character: read text as UTF-8, or .encode('utf-8', 'replace').decode() it"
-            ) from None
+            half = f"text holds {error.object[error.start]!r}, half of a surrogate pair"
+            raise ValueError(f"{half}: read it as UTF-8, or with errors='replace'") from None
         short = iter(self._merge_short([word for word in words if len(word) <= SHORT]))
-        return (next(short) if len(w) <= SHORT else self._merge_long(w) for w in words)
+        ids = (next(short) if len(w) <= SHORT else self._merge_long(w) for w in words)
+        self._cache.update(zip(new, ids))
 
     def _rank(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Ranks of the pairs (left[i], right[i]); NEVER where they do not merge."""
@@ -541,18 +444,16 @@ class Tokenizer:
         for start in range(0, len(words), 4096):
             block = by_length[start : start + 4096]
             ids, counts = self._merge_block([words[i] for i in block])
-            data = ids.astype("<u4").tobytes()
-            begin = 0
+            read = BytesIO(ids.astype("<u4").tobytes()).read
             for i, count in zip(block, counts.tolist()):
-                results[i] = data[begin : begin + 4 * count]
-                begin += 4 * count
+                results[i] = read(4 * count)
         return results
 
     def _merge_block(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Merges all words at once, in each round the best pair of every word.
 
-        Returns the ids of all words in a row, and how many each has. W words, the longest last;
-        N columns, one more than that has bytes. Tokens stay in the column of their first byte.
+        Returns all ids in a row, and how many each word has. W words, the longest last; N columns,
+        one more than that has bytes. Tokens stay in the column of their first byte.
         """
         lengths = np.array([len(word) for word in words])
         width = int(lengths[-1]) + 1
@@ -566,9 +467,8 @@ class Tokenizer:
         rank_rows = np.pad(self._byte_pair_ranks[pairs], ((0, 0), (0, 1)), constant_values=NEVER)
         rank = rank_rows.ravel()
         previous = np.arange(-1, ids.size - 1)  # before a first token: the last column above it
-        starts = inside.ravel().copy()
+        starts, rows = inside.ravel().copy(), np.arange(len(words))
 
-        rows = np.arange(len(words))
         while rows.size:
             at = rank_rows[rows].argmin(axis=1) + rows * width  # the first of equals
             best = rank[at]
@@ -592,27 +492,22 @@ class Tokenizer:
         """Merges one word of n bytes in O(n log n): a heap of pairs over a linked list."""
         ids = [*self._byte_ids[np.frombuffer(word, np.uint8)].tolist(), self._end]
         n, base, rank_of = len(word), self._end + 1, self._rank_of
-        following, previous = list(range(1, n + 2)), list(range(-1, n))
-        heap: list[tuple[int, int]] = []
-
-        def push(i: int, j: int) -> None:
-            rank = rank_of.get(ids[i] * base + ids[j])
-            if rank is not None:
-                heapq.heappush(heap, (rank, i))
-
-        for i in range(n):
-            push(i, i + 1)
-        while heap:
+        following, previous = [*range(1, n + 1), n], [*range(-1, n)]
+        heap, changed = [], range(n)
+        while True:
+            for i in changed:
+                rank = rank_of.get(ids[i] * base + ids[following[i]])
+                if rank is not None:
+                    heapq.heappush(heap, (rank, i))
+            if not heap:
+                break
             rank, i = heapq.heappop(heap)
-            j = following[i]
-            if ids[i] < 0 or rank_of.get(ids[i] * base + ids[j]) != rank:
-                continue  # one of the two has merged with another since
-            ids[i], ids[j] = int(self._product[rank]), -1
-            following[i] = following[j]
-            previous[following[i]] = i
-            push(i, following[i])
-            if i:
-                push(previous[i], i)
+            j, changed = following[i], ()
+            if ids[i] >= 0 and rank_of.get(ids[i] * base + ids[j]) == rank:  # else out of date
+                ids[i], ids[j] = int(self._product[rank]), -1
+                following[i] = following[j]
+                previous[following[i]] = i
+                changed = (i, previous[i])
         return np.array([i for i in ids[:n] if i >= 0], "<u4").tobytes()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -621,53 +516,42 @@ class Tokenizer:
         try:
             return b"".join(map(self.vocab.__getitem__, ids)).decode("utf-8", errors="replace")
         except KeyError as error:
-            raise ValueError(
-                f"id {error} is not among the {len(self.vocab)} of this tokenizer: decode with "
-                "the one that encoded"
-            ) from None
+            raise ValueError(f"id {error} is not in the vocabulary: another encoded it") from None
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory) -> None:
         """Writes `tokenizer.json` in Hugging Face's format, and what `AutoTokenizer` asks for."""
-        special = set(self.special_tokens.values())
-        split = {"type": "Split", "pattern": {"Regex": self.splitter.pattern}}
-        split |= {"behavior": "Isolated", "invert": False}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        byte_level["use_regex"] = False
+        special = {i: token for token, i in self.special_tokens.items()}
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [dict(id=i, content=special[i], **plain, special=True) for i in sorted(special)]
+        split = dict(type="Split", pattern={"Regex": self.splitter.pattern})
+        split |= dict(behavior="Isolated", invert=False)
+        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
+        byte_level["use_regex"] = False
         unused = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-        document = {"version": "1.0", "truncation": None, "padding": None}
-        document["added_tokens"] = [
-            {"id": i, "content": token, **plain, "special": True}
-            for token, i in sorted(self.special_tokens.items(), key=lambda item: item[1])
-        ]
+        model = {"type": "BPE", **dict.fromkeys(unused), "fuse_unk": False, "byte_fallback": False}
+        model["ignore_merges"] = self.ignore_merges
+        vocab = sorted(self.vocab.items())
+        model["vocab"] = {special.get(i) or _to_visible(token): i for i, token in vocab}
+        model["merges"] = [f"{_to_visible(a)} {_to_visible(b)}" for a, b in self.merges]
+        document = dict(version="1.0", truncation=None, padding=None, added_tokens=added)
         document["normalizer"] = {"type": self.normalizer} if self.normalizer else None
         document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-        document |= {"post_processor": None, "decoder": byte_level}
-        document["model"] = {
-            **{"type": "BPE", **dict.fromkeys(unused), "fuse_unk": False, "byte_fallback": False},
-            "ignore_merges": self.ignore_merges,
-            "vocab": {
-                token.decode() if i in special else _to_visible(token): i
-                for i, token in sorted(self.vocab.items())
-            },
-            "merges": [f"{_to_visible(a)} {_to_visible(b)}" for a, b in self.merges],
-        }
+        document |= dict(post_processor=None, decoder=byte_level, model=model)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**30}
         config["clean_up_tokenization_spaces"] = False
         if END_OF_TEXT in self.special_tokens:
             config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in (("tokenizer.json", document), ("tokenizer_config.json", config)):
-            with atomic_write(Path(directory) / name) as file:
-                file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            _write(Path(directory) / name, [text.encode()])
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> Tokenizer:
+    def load(cls, directory) -> "Tokenizer":
         """A byte-level BPE from `tokenizer.json` (or from the directory that holds it).
 
-        Reads what `save` writes and the files of GPT-2, Llama 3, Qwen, SmolLM2 and their like.
-        Tokens that a template would add around a text are not added here. Raises ValueError for
-        a file that asks for something else.
+        Reads what `save` writes and the files of GPT-2, Llama 3, Qwen, SmolLM2 and their like, but
+        adds no tokens around a text. Raises ValueError for a file that asks for something else.
         """
         path = Path(directory)
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -677,10 +561,8 @@ class Tokenizer:
             if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
                 raise LookupError(f"a model of type {model.get('type')}")
             special = {token["content"]: token["id"] for token in document["added_tokens"]}
-            vocab = {
-                i: token.encode() if token in special else _from_visible(token)
-                for token, i in model["vocab"].items()
-            }
+            names = model["vocab"].items()
+            vocab = {i: t.encode() if t in special else _from_visible(t) for t, i in names}
             pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
             merges = [(_from_visible(a), _from_visible(b)) for a, b in pairs]
             pattern = _pattern_from_json(document["pre_tokenizer"])
@@ -688,21 +570,15 @@ class Tokenizer:
             steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
             if any(step["type"] != "NFC" for step in steps):
                 raise LookupError(f"an unknown normalizer: {normalizer}")
+            whole = model.get("ignore_merges")
+            tokenizer = cls(vocab, merges, special, pattern, ignore_merges=whole)
+            tokenizer.normalizer = "NFC" if steps else None
+            return tokenizer
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}; train one first") from None
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no tokenizer.json of a byte-level BPE known here ({error!r}): use or "
-                "train another"
-            ) from None
-        options = {"ignore_merges": bool(model.get("ignore_merges"))}
-        options["normalizer"] = "NFC" if steps else None
-        return cls(vocab, merges, special, pattern, **options)
-
-
-def _encode_chunk(tokenizer: Tokenizer, path, allowed: frozenset, start: int, end: int) -> bytes:
-    ids = b"".join(tokenizer._encode(_read_text(path, start, end), allowed))
-    return np.frombuffer(ids, "<u4").astype(tokenizer.dtype).tobytes()
+            what = "is no tokenizer.json of a byte-level BPE known here"
+            raise ValueError(f"{path} {what} ({error!r}): use or train another") from None
 
 
 # tokenizer.json is text, so each byte is written as a visible character (GPT-2's table): itself
@@ -726,15 +602,14 @@ def _from_visible(token: str) -> bytes:
 def _pattern_from_json(pre_tokenizer: dict) -> str:
     """The one pattern that cuts text as these steps do."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step["type"] for step in steps]
-    byte_level = steps[-1]
-    if kinds[-1] == "ByteLevel" and not byte_level.get("add_prefix_space"):
-        if byte_level.get("use_regex", True):
-            if kinds == ["ByteLevel"]:
-                return GPT2_PATTERN
-            if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-                return SMOLLM2_PATTERN
-        elif kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated":
+    *kinds, last = [step["type"] for step in steps]
+    if last == "ByteLevel" and not steps[-1].get("add_prefix_space"):
+        gpt2 = steps[-1].get("use_regex", True)  # whether this step cuts, too
+        if gpt2 and not kinds:
+            return GPT2_PATTERN
+        if gpt2 and kinds == ["Digits"] and steps[0]["individual_digits"]:
+            return SMOLLM2_PATTERN
+        if not gpt2 and kinds == ["Split"] and steps[0]["behavior"] == "Isolated":
             return steps[0]["pattern"]["Regex"]
     raise LookupError(f"an unknown pre_tokenizer: {steps}")
 
@@ -748,27 +623,20 @@ def _check_special_tokens(tokens: Iterable[str]) -> list[str]:
     return tokens
 
 
-@lru_cache
-def _special_regex(tokens: frozenset[str]) -> re.Pattern:
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-
-
 def _split_special(text: str, tokens: frozenset[str]) -> list[str]:
     """`text` cut at special tokens, the longest first; they are every other part."""
     if not any(token in text for token in tokens):  # far faster to find out than the expression
         return [text]
-    return _special_regex(tokens).split(text)
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
 
 
 def _can_cut(splitter: Splitter, special_tokens: Iterable[str]) -> bool:
-    """Whether `CUT` is safe: cuts are beside white space, so no special token may hold any."""
+    """Whether `CUT` is safe: other patterns, and special tokens with spaces, may reach across."""
     return splitter.known and not re.search(r"\s", "".join(special_tokens))
 
 
-def _file_chunks(
-    path: str | os.PathLike, splitter: Splitter, special_tokens, num_processes: int | None
-) -> tuple[list[tuple[int, int]], int]:
+def _file_chunks(path, splitter: Splitter, special_tokens, num_processes: int | None):
     """Byte ranges of a file that split as in the whole, and how many processes to use."""
     try:
         with open(path, "rb") as file:
@@ -781,59 +649,52 @@ def _file_chunks(
                     while match := CUT_BYTES.search(data, cuts[-1] + step):
                         cuts.append(match.end())
     except OSError as error:
-        raise ValueError(
-            f"cannot read the corpus {path}: {error.strerror}; give a UTF-8 text file"
-        ) from None
+        raise ValueError(f"cannot read the corpus {path}: {error.strerror}; give text") from None
     if not size:
         raise ValueError(f"the corpus {path} is empty: give a UTF-8 text file")
     return list(zip(cuts, [*cuts[1:], size])), processes
 
 
-def _read_text(path: str | os.PathLike, start: int, end: int) -> str:
+def _read_text(path, start: int, end: int) -> str:
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read(end - start)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset "
-            f"{start + error.start} is {error.reason}; convert the file, or leave it out if binary"
-        ) from None
+        where = f"byte 0x{data[error.start]:02x} at offset {start + error.start}"
+        raise ValueError(f"{path} is not UTF-8 text: {where}; convert or leave it out") from None
 
 
-@contextlib.contextmanager
-def _process_map(function, shared: tuple, jobs: list[tuple], processes: int):
-    """Yields an iterator over `function(*shared, *job)`, in order, from several processes."""
+def _process_map(function, shared: tuple, jobs: list[tuple], processes: int) -> Iterator:
+    """Yields `function(*shared, *job)` for each job, in order, from several processes."""
     if processes == 1 or len(jobs) == 1:
-        yield (function(*shared, *job) for job in jobs)
+        yield from starmap(partial(function, *shared), jobs)
         return
     # A forked process starts at once and holds `shared` already.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with context.Pool(min(processes, len(jobs)), _start_process, (function, shared)) as pool:
-        yield pool.imap(_run_job, jobs)
+        yield from pool.imap(_run_job, jobs)
 
 
-def _start_process(*task) -> None:
-    global _task
-    _task = task
+def _start_process(function, shared: tuple) -> None:
+    global _work
+    _work = partial(function, *shared)
 
 
 def _run_job(job: tuple):
-    function, shared = _task
-    return function(*shared, *job)
+    return _work(*job)
 
 
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike):
-    """A binary file that takes its name, replacing what had it, only when complete on disk."""
+def _write(path, parts: Iterable[bytes]) -> int:
+    """Writes a file that takes its name only when complete on disk; returns its size."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            yield file
+            size = sum(map(file.write, parts))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        return size
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

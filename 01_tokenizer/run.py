@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ import bpe
 
 from common import EOT, OUT, Run, atomic, build, corpus, main
 
+HERE = Path(__file__).resolve().parent
 PATTERNS = {"gpt2": bpe.GPT2_PATTERN, "gpt4": bpe.GPT4_PATTERN, "o200k": bpe.O200K_PATTERN}
 LATEST = OUT / "01_tokenizer" / "latest"
 SAMPLE = "ROMEO:\nBut, soft! what light through window breaks?\n    It is 3.14159, naïve 世界 😀  "
@@ -26,7 +28,7 @@ SAMPLE = "ROMEO:\nBut, soft! what light through window breaks?\n    It is 3.1415
 class TrainOptions:
     data: str = "plays"  # text: plays, a file, directory, glob or URL (.txt .md .jsonl .parquet)
     sha256: str | None = None  # checksum of --data where that is a URL
-    vocab_size: int = 4096  # tokens: 256 bytes, the end of text, and one for each merge
+    vocab_size: int = 2048  # tokens: 256 bytes, the end of text, and one for each merge
     pattern: str = "gpt2"  # how text is cut before merging: gpt2, gpt4 or o200k
     processes: int | None = None  # that count words; None: one per core and 2 MB
     run: str = "run"  # first part of the name of the run's directory
@@ -89,9 +91,12 @@ def train(given):
     run.log(time=seconds, **result)
     run.finish(result)
     if options.record:
-        from common import record
-
-        record(__file__, **result)
+        git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        line = {"commit": commit, "machine": f"{os.cpu_count()} CPU cores"}
+        line |= {"command": " ".join(sys.argv), **result}
+        with open(HERE / "results.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
     print(f"{summary(result)}. The tokenizer is in {run.dir}; next: run.py encode, run.py inspect")
 
 
@@ -142,27 +147,28 @@ def inspect(given):
     print(colored([tokenizer.vocab[i] for i in ids]))
     home = corpus(options.data)
     held_out = (home / "val.txt").read_text(encoding="utf-8")
-    rows = {f"this ({tokenizer.vocab_size:,})": compression(tokenizer.encode, held_out)}
+    rows = {"this": (tokenizer.vocab_size, compression(tokenizer.encode, held_out))}
     for name in ("gpt2", "cl100k_base"):
         try:
             theirs = tiktoken_encoding(name)
             of_text = lambda text, theirs=theirs: theirs.encode(text, allowed_special="all")  # noqa: E731
-            rows[f"{name} ({theirs.n_vocab:,})"] = compression(of_text, held_out)
+            rows[name] = theirs.n_vocab, compression(of_text, held_out)
         except ImportError as error:
             print(f"{name} is not compared: {error}")
-    for name, value in rows.items():
-        print(f"{name:24} {value:.3f} bytes per token on the held-out text of {options.data}")
+    for name, (size, value) in rows.items():
+        label = f"{name} ({size:,})"
+        print(f"{label:24} {value:.3f} bytes per token on the held-out text of {options.data}")
     if options.plot:
         plot(tokenizer, held_out, rows, Path(options.tokenizer) / "compression.png")
 
 
 def colored(tokens):
-    """Tokens on alternating backgrounds; between bars where the output is no terminal."""
+    """Tokens on alternating backgrounds, or between bars; parts of characters as \\x and digits."""
     if not sys.stdout.isatty():
-        return "|".join(token.decode(errors="replace") for token in tokens)
+        return "|".join(token.decode(errors="backslashreplace") for token in tokens)
     lines, colors = [], (44, 45, 42, 46, 43, 41)
     for i, token in enumerate(tokens):
-        shown = token.decode(errors="replace").replace("\n", "↵\033[0m\n")
+        shown = token.decode(errors="backslashreplace").replace("\n", "↵\033[0m\n")
         lines.append(f"\033[30;{colors[i % len(colors)]}m{shown}\033[0m")
     return "".join(lines)
 
@@ -193,11 +199,16 @@ def plot(tokenizer, text, rows, path):
         sizes.append(len(vocab))
         values.append(compression(part.encode, text))
     axes = (figure := Figure(figsize=(7, 4.5))).subplots()
-    axes.plot(sizes, values, "o-", label="this tokenizer, so many tokens of it")
-    for i, (name, value) in enumerate(list(rows.items())[1:]):
-        axes.axhline(value, color=f"C{i + 1}", linestyle="--", label=name)
-    axes.set(xscale="log", xlabel="vocabulary size", ylabel="bytes per token, held-out text")
-    axes.legend()
+    axes.plot(sizes, values, "o-", label="this tokenizer after each so many merges")
+    for name, (size, value) in list(rows.items())[1:]:
+        axes.plot(size, value, "D", label=f"{name}, learned from other text")
+    ticks = [2**i for i in range(8, 18) if 2**i < 1.5 * max(size for size, _ in rows.values())]
+    axes.set(xscale="log", title="What a larger vocabulary buys", ylim=(0, None))
+    axes.set(xlabel="vocabulary size (tokens)", ylabel="bytes per token on held-out text")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
     with atomic(path) as file:
         figure.savefig(file, dpi=120, bbox_inches="tight")
     print(f"vocabulary size against compression: {path}")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import subprocess
 import sys
 import sysconfig
 import textwrap
@@ -616,3 +617,99 @@ def test_importing_it_needs_no_more_than_numpy_and_regex():
         "numpy",
         "regex",
     }
+
+
+# -- the command line
+
+
+def run(out: Path, *words) -> subprocess.CompletedProcess:
+    command = [sys.executable, Path(bpe.__file__).with_name("run.py"), *map(str, words)]
+    env = os.environ | {"OUT": str(out)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A directory with a small text and, as OUT, all that train made of it."""
+    home = tmp_path_factory.mktemp("run")
+    lines = [
+        f"Line {i}: the cat, the hat and the other {i * i} things, naïve.\n" for i in range(200)
+    ]
+    (home / "text.txt").write_text("".join(lines), encoding="utf-8")
+    done = run(home / "out", "train", "--data", home / "text.txt", "--vocab_size", 300)
+    assert done.returncode == 0, done.stderr
+    assert "bytes per token on held-out text" in done.stdout
+    return home
+
+
+def made(home: Path) -> dict[Path, bytes | str]:
+    """What every file of 01_tokenizer and tokens holds, and where every link leads."""
+    paths = [
+        path for name in ("01_tokenizer", "tokens") for path in (home / "out" / name).rglob("*")
+    ]
+    links = {path: os.readlink(path) for path in paths if path.is_symlink()}
+    return links | {path: path.read_bytes() for path in paths if path.is_file()}
+
+
+def test_train_encode_and_inspect(home):
+    latest = home / "out" / "01_tokenizer" / "latest"
+    tokenizer = Tokenizer.load(latest)
+    assert tokenizer.vocab_size == 300
+    assert list(tokenizer.special_tokens) == [END]
+    done = run(home / "out", "encode", "--data", home / "text.txt")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (home / "out" / "tokens").iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["dtype"], meta["vocab_size"]) == ("uint16", 300)
+    ids = {split: np.fromfile(folder / f"{split}.bin", "<u2") for split in ("train", "val")}
+    text = "".join(tokenizer.decode(ids[split]) for split in ids)
+    assert text == (home / "text.txt").read_text(encoding="utf-8") + END
+    assert meta["tokens"] == {split: len(ids[split]) for split in ids}
+    words = ("--data", home / "text.txt", "--text", "the cat😀")
+    done = run(home / "out", "inspect", *words)
+    assert done.returncode == 0, done.stderr
+    shown = [
+        tokenizer.vocab[i].decode(errors="backslashreplace") for i in tokenizer.encode("the cat😀")
+    ]
+    assert "|".join(shown) in done.stdout and r"\xf0|\x9f" in done.stdout
+    assert "this (300)" in done.stdout
+    assert (latest / "compression.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_does_not_repeat_a_finished_run(home):
+    before = made(home)
+    done = run(home / "out", "train", "--data", home / "text.txt", "--vocab_size", 300)
+    assert done.returncode == 0 and "is finished" in done.stdout
+    assert made(home) == before
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["train", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["train", "--data", "empty.txt"], "empty.txt"),
+        (["train", "--data", "binary.txt"], "binary.txt is not UTF-8"),
+        (["encode", "--data", "binary.txt"], "binary.txt is not UTF-8"),
+        (["train", "--data", "text.txt", "--vocab_size", 255], "vocab_size 255 is too small"),
+        (["train", "--data", "text.txt", "--vocab_size", 9999], "vocab_size 9999 is more than"),
+        (["train", "--data", "text.txt", "--pattern", "x"], "--pattern x is none of gpt2"),
+        (["encode", "--data", "text.txt", "--tokenizer", "cut"], "cut/tokenizer.json"),
+        (["inspect", "--data", "text.txt", "--tokenizer", "cut"], "cut/tokenizer.json"),
+        (["inspect", "--data", "text.txt", "--tokenizer", "void"], "void/tokenizer.json"),
+        (["encode", "--data", "text.txt", "--tokenizer", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(words, said, home):
+    good = (home / "out" / "01_tokenizer" / "latest" / "tokenizer.json").read_text("utf-8")
+    (home / "empty.txt").write_bytes(b"")
+    (home / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    for name, content in (("cut", good[: len(good) // 2]), ("void", "{}")):
+        (home / name).mkdir(exist_ok=True)
+        (home / name / "tokenizer.json").write_text(content, encoding="utf-8")
+    files = ("nowhere.txt", "empty.txt", "binary.txt", "text.txt", "cut", "void", "nowhere")
+    before = made(home)
+    done = run(home / "out", *(home / word if word in files else word for word in words))
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
+    assert made(home) == before

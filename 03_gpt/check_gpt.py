@@ -1,10 +1,10 @@
 """Debugging habits for a model and its training loop, run on whatever gpt.py now holds.
 
 After any change to the model: is the loss right before training, can no token see the future, are
-the gradients those of the loss? After any change to the loop: does it overfit one batch, does memory
-stay flat, and does it reach a loss that is known in advance? Each check below returns what it saw and
-fails by AssertionError. The habits are collected in Karpathy 2019, A Recipe for Training Neural
-Networks (karpathy.github.io/2019/04/25/recipe).
+the gradients those of the loss? After any change to the loop: does it overfit one batch, does
+memory stay flat, and does it reach a loss that is known in advance? Each check below returns what
+it saw and fails by AssertionError. The habits are collected in Karpathy 2019, A Recipe for Training
+Neural Networks (karpathy.github.io/2019/04/25/recipe).
 """
 
 import math
@@ -41,7 +41,7 @@ def initial_loss():
 
 
 def causality():
-    """Changing a later token changes no earlier logits, and changing an earlier one changes later."""
+    """Changing a token changes no earlier logits, and all later ones."""
     model = tiny().eval()
     ids = torch.randint(50, (1, 16))
     before = model(ids)
@@ -97,7 +97,7 @@ def memory_stays_flat():
 
 
 def reaches_known_entropy():
-    """On text from a Markov chain no model can beat the chain's entropy; this one gets within 2%."""
+    """No model can beat the entropy of a Markov chain on its text; this one gets within 2%."""
     rng = np.random.default_rng(0)
     chain = rng.dirichlet(np.full(8, 0.4), size=8)  # row i: probabilities of what follows i
     cumulative, draws = chain.cumsum(1), rng.random(60_000)

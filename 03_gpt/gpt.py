@@ -16,7 +16,7 @@ Papers
 - Attention: Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762
 - GPT-2, the model of this file: Radford et al. 2019, Language Models are Unsupervised Multitask
   Learners (no arXiv number)
-- LayerNorm: Ba et al. 2016, arXiv 1607.06450; before the sublayer: Xiong et al. 2020, arXiv 2002.04745
+- LayerNorm: Ba et al. 2016, arXiv 1607.06450; first in a sublayer: Xiong et al. 2020, 2002.04745
 - GELU: Hendrycks and Gimpel 2016, arXiv 1606.08415
 - Output layer tied to the embedding: Press and Wolf 2016, arXiv 1608.05859
 - AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101; cosine schedule: the same, arXiv 1608.03983
@@ -41,9 +41,10 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from common import atomic
 from torch import nn
 from torch.nn import functional as F
+
+from common import atomic
 
 # ---- the model
 
@@ -131,7 +132,7 @@ class LayerNorm(nn.Module):
 
 
 def sinusoidal_positions(context_length, d_model):
-    """The fixed table of Vaswani et al. 2017: (T, C), sines in the even columns, cosines in the odd,
+    """The fixed table of Vaswani et al. 2017, (T, C): sines in even columns, cosines in odd ones,
     wavelengths rising from 2 pi to 10,000 times 2 pi."""
     position = torch.arange(context_length)[:, None]
     rate = torch.exp(-math.log(10_000) * torch.arange(0, d_model, 2) / d_model)
@@ -202,7 +203,9 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = Embedding(config.context_length, config.d_model)
         else:  # as large as the token embedding at the start, or the tokens would drown in it
-            table = 0.02 * math.sqrt(2) * sinusoidal_positions(config.context_length, config.d_model)
+            table = (
+                0.02 * math.sqrt(2) * sinusoidal_positions(config.context_length, config.d_model)
+            )
             self.register_buffer("position_table", table, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -239,7 +242,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(), seed=None
+        self,
+        ids,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        stop_tokens=(),
+        seed=None,
     ):
         """Continue each row of ids (B, T) by up to max_new_tokens; returns (B, T + new).
 
@@ -276,7 +286,9 @@ class GPT(nn.Module):
         gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
         activation = hf.get("activation_function", "gelu_new")
         if hf.get("model_type") != "gpt2" or activation not in gelu:
-            raise ValueError(f"{path} holds a {hf.get('model_type')} with {activation}, not a GPT-2")
+            raise ValueError(
+                f"{path} holds a {hf.get('model_type')} with {activation}, not a GPT-2"
+            )
         config = GPTConfig(
             vocab_size=hf["vocab_size"],
             context_length=hf["n_positions"],
@@ -376,7 +388,9 @@ def cross_entropy(logits, targets):
     """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets int64 (...).
 
     log-sum-exp subtracts the largest logit first, so that nothing overflows."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would lose digits
+    logits = logits.to(
+        torch.promote_types(logits.dtype, torch.float32)
+    )  # bfloat16 would lose digits
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
     return (logits.logsumexp(-1) - chosen).mean()
 
@@ -393,7 +407,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
+            lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -406,8 +420,9 @@ class AdamW(torch.optim.Optimizer):
                 v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
                 if p.ndim >= 2:
                     p.mul_(1 - lr * group["weight_decay"])
-                scale = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
-                p.addcdiv_(m, scale, value=-lr / (1 - beta1**t))
+                # p -= lr m' / (sqrt(v') + eps), with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t)
+                root = math.sqrt(1 - beta2**t)
+                p.addcdiv_(m, v.sqrt().add_(eps * root), value=-lr * root / (1 - beta1**t))
 
 
 class SGD(torch.optim.Optimizer):
@@ -427,7 +442,7 @@ class SGD(torch.optim.Optimizer):
 
 def lr_schedule(step, max_lr, min_lr, warmup_steps, total_steps):
     """Learning rate: up in a line to max_lr at warmup_steps, down a half cosine to min_lr at
-    total_steps, min_lr from there. It depends on nothing but `step`, so a resume cannot restart it."""
+    total_steps, then min_lr. It depends on nothing but `step`: a resume cannot restart it."""
     if step < warmup_steps:
         return max_lr * step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -439,9 +454,9 @@ def clip_gradients(params, max_norm):
     before."""
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.stack([g.norm() for g in grads]).norm()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for g in grads:
-        g.mul_(scale)
+    if norm > max_norm:
+        for g in grads:
+            g.mul_(max_norm / (norm + 1e-6))
     return norm
 
 
@@ -488,7 +503,7 @@ def evaluate(model, tokens, context_length, max_tokens=None, batch_size=32, devi
 
 
 def save_checkpoint(model, optimizer, step, out):
-    """Weights, optimizer, random state and step, to a path (whole or not at all) or an open file."""
+    """Weights, optimizer, random state, step; to a path (whole or not at all) or an open file."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -539,9 +554,10 @@ class TrainConfig:
     beta2: float = 0.99  # AdamW's memory of squared gradients
     max_norm: float = 1.0  # gradients are clipped to this norm
     eval_every: int = 100  # steps between evaluations and checkpoints
-    eval_tokens: int = 50_000  # held-out tokens in an evaluation; the last one takes all
+    eval_tokens: int = 50_000  # held-out tokens in an evaluation
     patience: int = 10  # evaluations without a better loss before it stops early
     seed: int = 1  # of initialisation, batches and dropout
+    compile: bool | None = None  # torch.compile; None: on CUDA (on a CPU it takes half a minute)
 
     def __post_init__(self):
         for name in ("steps", "tokens_per_step", "eval_every", "eval_tokens", "patience"):
@@ -559,14 +575,12 @@ def micro_batch_size(config, context_length, sequences, device):
     return max(1, min(sequences, fits))
 
 
-def compiled(model, device):
-    """torch.compile on CUDA, where a C compiler is there; otherwise the model as it is."""
-    if torch.device(device).type != "cuda":
-        return model
-    if not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
-        warnings.warn("no C compiler here: training without torch.compile, which is slower")
-        return model
-    return torch.compile(model)
+def compiled(model, wanted):
+    """torch.compile, where it is wanted and a C compiler is there; otherwise the model as it is."""
+    if wanted and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        warnings.warn("no C compiler here: training without torch.compile, slower", stacklevel=2)
+        wanted = False
+    return torch.compile(model) if wanted else model
 
 
 def train(model, train_tokens, val_tokens, config, run, device="cpu", dtype=torch.float32, **hooks):
@@ -584,9 +598,9 @@ def train(model, train_tokens, val_tokens, config, run, device="cpu", dtype=torc
     chunks = [min(micro, sequences - i) for i in range(0, sequences, micro)]
     betas = (config.beta1, config.beta2)
     optimizer = AdamW(model.parameters(), config.max_lr, betas, weight_decay=config.weight_decay)
-    forward = compiled(model, device)
-    low = dtype != torch.float32
-    autocast = torch.autocast(torch.device(device).type, dtype) if low else nullcontext()
+    kind, wanted = torch.device(device).type, config.compile
+    forward = compiled(model, kind == "cuda" if wanted is None else wanted)
+    autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
     bits_per_byte = len(val_tokens) / hooks.get("val_bytes", math.inf) / math.log(2)  # times nats
     state, step, best, since_best, trained, line = run.dir / "state.pt", 0, math.inf, 0, 0.0, {}
     if run.resume and state.exists():
@@ -622,23 +636,24 @@ def train(model, train_tokens, val_tokens, config, run, device="cpu", dtype=torc
         norm = clip_gradients(model.parameters(), config.max_norm).item()
         if not math.isfinite(loss + norm):
             raise ValueError(
-                f"step {step}: the loss is {loss}, the gradient norm {norm}: stopped, {state} holds "
-                "the last good state; lower --max_lr or look at the text around there"
+                f"step {step}: the loss is {loss}, the gradient norm {norm}: stopped; {state} "
+                "holds the last good state; lower --max_lr or look at the text around there"
             )
         optimizer.step()
         optimizer.zero_grad()
         rate = sequences * context_length / (time.perf_counter() - began)
-        mfu = rate * model.flops_per_token() / hooks["peak_flops"] if "peak_flops" in hooks else None
+        mfu = (
+            rate * model.flops_per_token() / hooks["peak_flops"] if "peak_flops" in hooks else None
+        )
         line = dict(step=step, time=round(time.perf_counter() - start, 3), train_loss=loss, lr=lr)
         line |= dict(tokens=step * sequences * context_length, grad_norm=norm, tokens_per_s=rate)
         line |= dict(mfu=mfu, val_loss=None, val_bpb=None)
         if step % config.eval_every == 0 or step == config.steps:
-            all_tokens = step == config.steps
+            size = max(1, 16384 // context_length)
             with autocast:
                 val_loss = evaluate(
-                    model, val_tokens, context_length, None if all_tokens else config.eval_tokens,
-                    max(1, 16384 // context_length), device,
-                )  # fmt: skip
+                    model, val_tokens, context_length, config.eval_tokens, size, device
+                )
             line |= dict(val_loss=val_loss, val_bpb=val_loss * bits_per_byte)
             since_best = 0 if val_loss < best else since_best + 1
             if val_loss < best:
@@ -651,7 +666,9 @@ def train(model, train_tokens, val_tokens, config, run, device="cpu", dtype=torc
             hooks["on_step"](line)
     if signals:
         save_checkpoint(model, optimizer, step, state)
-        print(f"stopped after step {step} and saved in {run.dir}: the same command goes on from there")
+        print(
+            f"stopped after step {step} and saved in {run.dir}: the same command goes on from there"
+        )
         sys.exit(130 if signals[0] == signal.SIGINT else 0)
     return line
 
@@ -663,7 +680,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     """Draw the next id for each row: logits (B, V) to int64 (B,).
 
     temperature divides the logits; 0 takes the likeliest id. top_k keeps the k likeliest ids, top_p
-    the fewest whose probabilities reach p, counted after top_k; then one is drawn from what is left.
+    the fewest whose probabilities reach p, counted after top_k; one of what is left is drawn.
     Raises ValueError where temperature < 0, top_k < 1 or top_p is not in (0, 1]."""
     if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1.0) <= 1:
         raise ValueError("temperature is at least 0, top_k at least 1, top_p in (0, 1]")

@@ -1,4 +1,4 @@
-"""Tests of gpt.py: parity with PyTorch and transformers, properties, and failures that are handled."""
+"""Tests of gpt.py: parity with PyTorch and transformers, properties, failures handled."""
 
 import io
 import json
@@ -185,7 +185,11 @@ def test_debugging_habit(check):
         ("is_causal=True", "is_causal=False", "causality"),
         ("* torch.rsqrt(", "* torch.rsqrt(1e-3 * ", "initial_loss"),
         ("m.lerp_(p.grad", "m.lerp_(-p.grad", "overfits_one_batch"),
-        ("return windows[:, :-1], windows[:, 1:]", "return windows[:, 1:], windows[:, 1:]", "known"),
+        (
+            "return windows[:, :-1], windows[:, 1:]",
+            "return windows[:, 1:], windows[:, 1:]",
+            "known",
+        ),
     ],
 )
 def test_check_sees_a_broken_fork(tmp_path, find, replace, check):
@@ -563,7 +567,9 @@ SMALL = (*SMALL.split(), "--tokens_per_step", "128", "--eval_every", "10", "--ev
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "poem.txt"
-    path.write_text("Roses are red,\nviolets are blue,\nthis text is short,\nbut it will do.\n" * 60)
+    path.write_text(
+        "Roses are red,\nviolets are blue,\nthis text is short,\nbut it will do.\n" * 60
+    )
     return path
 
 
@@ -582,11 +588,15 @@ def test_train_sample_trace_describe(tmp_path, text):
     assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.03)
     again = run(*train, out=tmp_path, check=0)
     assert "is finished" in again.stdout and "--fresh" in again.stdout
-    sampled = run("sample", "--prompt", "Roses", "--n", 1, "--max_new_tokens", 5, out=tmp_path, check=0)
+    sampled = run(
+        "sample", "--prompt", "Roses", "--n", 1, "--max_new_tokens", 5, out=tmp_path, check=0
+    )
     assert sampled.stdout.startswith("Roses")
     traced = run("trace", "--text", "violets", out=tmp_path, check=0).stdout
     assert "(1, 7, 32)" in traced and "blocks.0.attention.qkv" in traced
-    described = run("describe", "--preset", "124m", "--vocab_size", 50257, out=tmp_path, check=0).stdout
+    described = run(
+        "describe", "--preset", "124m", "--vocab_size", 50257, out=tmp_path, check=0
+    ).stdout
     assert "124,439,808" in described
 
 
@@ -596,7 +606,9 @@ def test_kill_9_at_any_moment_leaves_a_run_that_goes_on(tmp_path, text):
     command = [sys.executable, str(HERE / "run.py"), *map(str, train)]
     metrics, reached = tmp_path / "03_gpt" / "latest" / "metrics.jsonl", 0
     for wait in (0.0, 0.113):
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         deadline = time.time() + 60
         while time.time() < deadline and process.poll() is None:
             lines = metrics.read_text().splitlines() if metrics.exists() else []
@@ -682,7 +694,9 @@ def test_full_disk_is_one_line(tmp_path, text):
     train = ("train", "--data", text, "--steps", 10, *SMALL)
     run(*train, out=tmp_path, check=0)
     latest = tmp_path / "03_gpt" / "latest"
-    before = {p.name: p.read_bytes() for p in latest.iterdir() if p.suffix in (".pt", ".safetensors")}
+    before = {
+        p.name: p.read_bytes() for p in latest.iterdir() if p.suffix in (".pt", ".safetensors")
+    }
 
     def no_file_past_30_kb():
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))

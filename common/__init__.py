@@ -89,9 +89,9 @@ def pick_device(name="auto", seed=0):
 
 def progress(**options):
     """A tqdm bar on a terminal; elsewhere a plain line every 15 seconds."""
-    line = "{desc} {n_fmt}/{total_fmt} {postfix}, {remaining} left\n"
-    plain = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 15}
-    return tqdm(**options | plain)
+    line = "{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left\n"
+    plain = {"bar_format": line, "mininterval": 15, "maxinterval": 15, "leave": False}
+    return tqdm(**options | ({} if sys.stderr.isatty() else plain))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The rule of copies: a class or function with its parent's name is its parent's, letter for letter.
+"""The rule of copies: a class or function with its parent's name is its parent's, to the letter.
 
 A stage's module docstring says what it copies and changes:
 
@@ -27,7 +27,7 @@ def stages(root=ROOT):
 
 
 def field(path, name):
-    """The text behind `Parent:`, `New:` or `Changed:` in a module docstring, with what it wraps to."""
+    """The text behind `Parent:`, `New:` or `Changed:` in a module docstring, over several lines."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     match = re.search(rf"^{name}: (.+(?:\n[ \t]+.+)*)", text, re.M)
     return " ".join(match[1].split()) if match else ""
@@ -70,9 +70,7 @@ def drifted(path, root=ROOT):
 def misstated(path, root=ROOT):
     """Names under New or Changed that are not there, or not what the docstring says."""
     own = set(definitions(path))
-    inherited = {
-        name for parent, _ in parents(path, root) for name in definitions(parent)
-    }
+    inherited = {name for parent, _ in parents(path, root) for name in definitions(parent)}
     new = set(re.findall(r"\w+", field(path, "New"))) & (own | inherited)
     wrong = [f"{name} is under New but has a parent" for name in sorted(new & inherited & own)]
     for name in re.findall(r"\w+", field(path, "Changed")):

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = "requirements.txt requirements-dev.txt requirements-data.txt pyproject.toml LICENSE .gitignore"
+FILES = (
+    "requirements.txt requirements-dev.txt requirements-data.txt pyproject.toml LICENSE .gitignore"
+)
 
 
 def fork(stage, to):
@@ -45,4 +47,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"cd {folder.parent} && python {folder.name}/run.py --help && python -m pytest {folder.name}")
+    print(f"cd {folder.parent}; python {folder.name}/run.py --help; python -m pytest {folder.name}")

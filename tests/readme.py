@@ -1,7 +1,7 @@
 """make readme: write the results tables of the READMEs from results.jsonl.
 
-A table stands between <!-- results --> and <!-- /results -->: in a stage's README one row a recorded
-run, in the main README one row a stage, the last recorded run of each.
+A table stands between <!-- results --> and <!-- /results -->: in a stage's README a row for each
+recorded run, in the main README one row a stage, the last recorded run of each.
 """
 
 import json
@@ -20,7 +20,13 @@ def results(folder):
 
 
 def cell(value):
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def table(rows):

@@ -10,8 +10,9 @@ import threading
 from hashlib import sha256
 from pathlib import Path
 
-import common
 import pytest
+
+import common
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +37,11 @@ def test_plays_are_whole():
         ["act", "", "ACT I"],
         ["scene", "", "SCENE I. A desert place."],
         ["direction", "", "Thunder and lightning. Enter three Witches"],
-        ["speech", "First Witch", "When shall we three meet again\nIn thunder, lightning, or in rain?\n"],
+        [
+            "speech",
+            "First Witch",
+            "When shall we three meet again\nIn thunder, lightning, or in rain?\n",
+        ],
     ]
     text = common.render(macbeth)
     assert text.startswith("First Witch:\nWhen shall we three") and text.endswith(common.EOT)
@@ -60,8 +65,7 @@ def test_a_file_is_cut_at_a_line_near_the_last_tenth(tmp_path):
 
 def test_directory_glob_gzip_jsonl_and_parquet_hold_the_same(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     halves = "".join(LINES[:50]), "".join(LINES[50:])
     rows = [json.dumps({"text": text}) + "\n" for text in halves]
     folder = tmp_path / "folder"
@@ -73,7 +77,7 @@ def test_directory_glob_gzip_jsonl_and_parquet_hold_the_same(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(rows))
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write("".join(rows))
-    pyarrow.parquet.write_table(pyarrow.table({"text": halves}), tmp_path / "c.parquet")
+    parquet.write_table(pyarrow.table({"text": halves}), tmp_path / "c.parquet")
     expected = "".join(half + common.EOT for half in halves)
     for source in (folder, folder / "*.*[td]*", "a.jsonl", "b.jsonl.gz", "c.parquet"):
         source = tmp_path / source
@@ -314,17 +318,24 @@ def test_tokenizer_json_gives_the_ids_of_tokenizers(tmp_path, kind):
     from tokenizers import pre_tokenizers as pre
 
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    llama = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+    llama = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+    )
     theirs.pre_tokenizer = {
         "gpt2": pre.ByteLevel(add_prefix_space=False),
-        "digits": pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]),
+        "digits": pre.Sequence(
+            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+        ),
         "split": pre.Sequence(
             [pre.Split(tokenizers.Regex(llama), "isolated"), pre.ByteLevel(False, use_regex=False)]
         ),
     }[kind]
     alphabet = pre.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[common.EOT, "<|im_end|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=[common.EOT, "<|im_end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     theirs.train_from_iterator([TEXT, "we will go on 12345 times; don't naïve"] * 3, trainer)
     theirs.save(str(tmp_path / "tokenizer.json"))

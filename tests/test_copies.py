@@ -16,7 +16,7 @@ def test_every_stage_says_whose_copy_it_is():
     assert folders == set(copies.ROOT.glob("[0-9][0-9]_*"))
 
 
-PARENT = '"""One.\n\nParent: none\n"""\n\n\nclass A:\n    x = 1\n\n\nclass B:\n    x = 1\n\n\ndef f():\n    pass\n'
+PARENT = '"""One.\n\nParent: none\n"""\n\n\nclass A:\n    x = 1\n\n\nclass B:\n    x = 1\n'
 CHILD = (
     '"""Two.\n\nParent: 01_one/one.py\nNew: C\nChanged: B\n"""\n\n\nclass A:\n    x = 2\n\n\n'
     "class B:\n    x = 2\n\n\nclass C:\n    x = 2\n"
@@ -44,7 +44,10 @@ def test_drift_is_seen_and_a_fix_is_carried_down(tree):
 def test_a_fix_goes_through_a_chain(tree):
     third = tree / "03_three" / "three.py"
     third.parent.mkdir()
-    third.write_text('"""Three.\n\nParent: 02_two/two.py (A)\n"""\n\n\nclass A:\n    x = 3\n\n\nclass B:\n    x = 9\n')
+    third.write_text(
+        '"""Three.\n\nParent: 02_two/two.py (A)\n"""\n\n\n'
+        "class A:\n    x = 3\n\n\nclass B:\n    x = 9\n"
+    )
     copies.carry(tree)
     assert "class A:\n    x = 1\n" in third.read_text()
     assert "class B:\n    x = 9\n" in third.read_text()  # only A is taken from this parent

@@ -1,4 +1,4 @@
-"""Each stage, copied alone into an empty directory, works there: help, a minimal train, its tests."""
+"""Each stage, copied alone into an empty directory, works there: help, a short run, its tests."""
 
 import os
 import subprocess

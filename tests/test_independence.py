@@ -43,7 +43,9 @@ def test_no_stage_imports_another(folder):
 
 
 def test_file_names_are_unique_across_folders():
-    names = [p.name for f in FOLDERS for p in f.glob("*.py") if p.name not in ("run.py", "bench.py")]
+    names = [
+        p.name for f in FOLDERS for p in f.glob("*.py") if p.name not in ("run.py", "bench.py")
+    ]
     assert len(names) == len(set(names))
 
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
 import pytest
+
+import common
 
 ROOT = Path(__file__).resolve().parents[1]
 

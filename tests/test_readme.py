@@ -13,11 +13,13 @@ TEXTS = {str(path.relative_to(readme.ROOT)): path for path in readme.readmes()}
 
 
 def commands():
-    """The lines of the ```sh blocks of all READMEs and the `make ...` and `python ...` in the text."""
+    """The lines of the ```sh blocks of all READMEs, and `make ...` or `python ...` in the text."""
     found = {}
     for name, path in TEXTS.items():
         text = path.read_text()
-        lines = [s for block in re.findall(r"```sh\n(.*?)```", text, re.S) for s in block.splitlines()]
+        lines = [
+            s for block in re.findall(r"```sh\n(.*?)```", text, re.S) for s in block.splitlines()
+        ]
         prose = re.sub(r"```.*?```", "", text, flags=re.S)
         lines += re.findall(r"`((?:make|python|pytest) [^`\n]+)`", prose)
         for line in lines:
@@ -62,7 +64,9 @@ def test_command_exists(line):
         assert "=" in path or (readme.ROOT / path).exists(), f"{line}: no {path}"
 
 
-@pytest.mark.parametrize("path", readme.ROOT.glob("[0-9][0-9]_*/run.py"), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", readme.ROOT.glob("[0-9][0-9]_*/run.py"), ids=lambda p: p.parent.name
+)
 def test_every_command_of_a_stage_has_help(path):
     def help(*words):
         command = [sys.executable, path, *words, "--help"]
@@ -89,7 +93,10 @@ def test_links_lead_somewhere(name):
 
 
 def test_a_table_of_two_runs():
-    rows = [dict(command="a", commit="c", machine="m", seed=1, bpb=2.34567), dict(seed=2, minutes=3.0)]
+    rows = [
+        dict(command="a", commit="c", machine="m", seed=1, bpb=2.34567),
+        dict(seed=2, minutes=3.0),
+    ]
     assert readme.table(rows).splitlines() == [
         "| seed | bpb | minutes | command, commit, machine |",
         "| --- | --- | --- | --- |",
