@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,7 +28,7 @@ SAMPLE = "ROMEO:\nBut, soft! what light through window breaks?\n    It is 3.1415
 class TrainOptions:
     data: str = "plays"  # text: plays, a file, directory, glob or URL (.txt .md .jsonl .parquet)
     sha256: str | None = None  # checksum of --data where that is a URL
-    vocab_size: int = 2048  # tokens: 256 bytes, the end of text, and one for each merge
+    vocab_size: int | None = None  # tokens; None: 2048, 16384 from 20 MB, 50257 from 500 MB of text
     pattern: str = "gpt2"  # how text is cut before merging: gpt2, gpt4 or o200k
     processes: int | None = None  # that count words; None: one per core and 2 MB
     run: str = "run"  # first part of the name of the run's directory
@@ -52,26 +52,38 @@ class InspectOptions:
     plot: bool = True  # draw compression.png: bytes per token against vocabulary size
 
 
+def default_vocabulary(path, pattern):
+    """More for a longer text, and for a short one no more than it can give."""
+    size = path.stat().st_size
+    if size > 2e6:
+        return 2048 if size < 20e6 else 16384 if size < 500e6 else 50257
+    counts = bpe.count_pretokens(path, [EOT], 1, pattern)
+    return 257 + len(bpe.merge_words(counts, 2048 - 257))
+
+
 def train(given):
     """train a tokenizer and measure it on held-out text"""
     options = build(TrainOptions, given)
     if options.pattern not in PATTERNS:
         raise ValueError(f"--pattern {options.pattern} is none of {', '.join(PATTERNS)}")
     text = corpus(options.data, options.sha256)
-    plan = {k: v for k, v in asdict(options).items() if k in ("data", "vocab_size", "pattern")}
+    pattern, source = PATTERNS[options.pattern], text / "train.txt"
+    vocab_size = options.vocab_size
+    if vocab_size is None:
+        vocab_size = default_vocabulary(source, pattern)
+    plan = {"data": options.data, "vocab_size": vocab_size, "pattern": options.pattern}
     before = LATEST.resolve()
     run = Run(bpe.__file__, plan | {"corpus": text.name}, options.run, options.fresh)
     if run.result and (run.dir / "tokenizer.json").exists():
         print(f"{run.dir} is finished: {summary(run.result)}")
         return print("train another with --vocab_size or --pattern, or begin again with --fresh")
-    size = (text / "train.txt").stat().st_size
+    size = source.stat().st_size
     print(f"text: {text.name}, {size:,} bytes to learn from; device: CPU, numpy and plain Python")
-    print(f"vocabulary: {options.vocab_size:,} tokens, in about {max(1, size // 3_000_000)} s")
+    print(f"vocabulary: {vocab_size:,} tokens, in about {max(1, size // 3_000_000)} s")
     print(f"run: {run.dir}", flush=True)
     began = time.perf_counter()
-    pattern, source = PATTERNS[options.pattern], text / "train.txt"
     try:
-        vocab, merges = bpe.train_bpe(source, options.vocab_size, [EOT], options.processes, pattern)
+        vocab, merges = bpe.train_bpe(source, vocab_size, [EOT], options.processes, pattern)
     except BaseException:  # leave things as they were, with `latest` on the last good run
         if not run.resume:
             shutil.rmtree(run.dir)

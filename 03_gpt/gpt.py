@@ -455,8 +455,9 @@ def clip_gradients(params, max_norm):
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.stack([g.norm() for g in grads]).norm()
     if norm > max_norm:
+        scale = max_norm / (norm + 1e-6)
         for g in grads:
-            g.mul_(max_norm / (norm + 1e-6))
+            g.mul_(scale)
     return norm
 
 

@@ -47,9 +47,7 @@ PRESETS |= {name: shape | LARGE for name, shape in gpt.PRESETS.items()}
 class Options:
     data: str = "plays"  # text: plays, a file, directory, glob or URL (.txt .md .jsonl .parquet)
     sha256: str | None = None  # checksum of --data where that is a URL
-    tokenizer: str | None = (
-        None  # directory with tokenizer.json; None: the newest of 01, else bytes
-    )
+    tokenizer: str | None = None  # directory with tokenizer.json; None: newest of 01, else bytes
     tokens: str | None = None  # directory with train.bin, val.bin and meta.json in place of --data
     preset: str = "auto"  # small, medium, 124m, 355m, 774m or 1558m; auto: small, on a GPU medium
     device: str = "auto"  # auto, cpu, cuda or cuda:1

@@ -105,7 +105,8 @@ def test_sinusoidal_positions():
 def run_optimizer(make, steps=20):
     torch.manual_seed(3)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-    optimizer, x = make(model), torch.randn(10, 6)
+    model.double()  # in float32 the order of operations shows after a few steps
+    optimizer, x = make(model), torch.randn(10, 6, dtype=torch.float64)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
         (model(x) ** 2).sum().backward()
@@ -130,7 +131,7 @@ def test_adamw_is_torchs_with_decay_on_matrices_only():
         return optimizer
 
     ours = run_optimizer(lambda m: gpt.AdamW(m.parameters(), 0.01, (0.9, 0.95), 1e-6, 0.3))
-    close(ours, run_optimizer(theirs))
+    close(ours, run_optimizer(theirs), 1e-12)
 
 
 def test_sgd_step_shrinks_as_one_over_sqrt_t():
@@ -184,12 +185,8 @@ def test_debugging_habit(check):
     [
         ("is_causal=True", "is_causal=False", "causality"),
         ("* torch.rsqrt(", "* torch.rsqrt(1e-3 * ", "initial_loss"),
-        ("m.lerp_(p.grad", "m.lerp_(-p.grad", "overfits_one_batch"),
-        (
-            "return windows[:, :-1], windows[:, 1:]",
-            "return windows[:, 1:], windows[:, 1:]",
-            "known",
-        ),
+        pytest.param("m.lerp_(p.grad", "m.lerp_(-p.grad", "overfits", marks=pytest.mark.slow),
+        pytest.param("windows[:, :-1], w", "windows[:, 1:], w", "known", marks=pytest.mark.slow),
     ],
 )
 def test_check_sees_a_broken_fork(tmp_path, find, replace, check):

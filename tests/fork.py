@@ -33,10 +33,11 @@ def fork(stage, to):
         shutil.copy(ROOT / name, to)
     tokenizer = ROOT / "out" / "01_tokenizer" / "latest"
     if (tokenizer / "tokenizer.json").exists():
-        target = to / "out" / "01_tokenizer" / "latest"
+        target = to / "out" / "01_tokenizer" / tokenizer.resolve().name
         target.mkdir(parents=True)
         for path in tokenizer.glob("tokenizer*.json"):
             shutil.copy(path, target)
+        (target.parent / "latest").symlink_to(target.name)
     return to / folders[0].name
 
 

@@ -12,7 +12,6 @@ FOLDERS = sorted(path.name for path in fork.ROOT.glob("[0-9][0-9]_*"))
 MINIMAL = {
     "03_gpt": "--d_model 16 --n_layers 1 --n_heads 2 --context_length 16 --steps 3 "
     "--tokens_per_step 64 --eval_every 3 --device cpu",
-    "01_tokenizer": "--vocab_size 300",
 }
 
 

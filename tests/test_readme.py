@@ -65,7 +65,7 @@ def test_command_exists(line):
 
 
 @pytest.mark.parametrize(
-    "path", readme.ROOT.glob("[0-9][0-9]_*/run.py"), ids=lambda p: p.parent.name
+    "path", sorted(readme.ROOT.glob("[0-9][0-9]_*/run.py")), ids=lambda p: p.parent.name
 )
 def test_every_command_of_a_stage_has_help(path):
     def help(*words):
