@@ -203,10 +203,8 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = Embedding(config.context_length, config.d_model)
         else:  # as large as the token embedding at the start, or the tokens would drown in it
-            table = (
-                0.02 * math.sqrt(2) * sinusoidal_positions(config.context_length, config.d_model)
-            )
-            self.register_buffer("position_table", table, persistent=False)
+            table = sinusoidal_positions(config.context_length, config.d_model)
+            self.register_buffer("position_table", 0.02 * math.sqrt(2) * table, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = LayerNorm(config.d_model, config.norm_eps, config.bias)
@@ -667,6 +665,8 @@ def train(model, train_tokens, val_tokens, config, run, device="cpu", dtype=torc
             hooks["on_step"](line)
     if signals:
         save_checkpoint(model, optimizer, step, state)
+        if best == math.inf:  # no evaluation yet: this model is the best there is
+            model.save_pretrained(run.dir)
         print(
             f"stopped after step {step} and saved in {run.dir}: the same command goes on from there"
         )

@@ -273,13 +273,10 @@ def finish(run, preset, options, val_tokens, val_bytes, device, peak):
         print("validation was still falling: more --steps will help")
     results = HERE / "results.jsonl"
     known = [json.loads(line) for line in open(results)] if results.exists() else []
-    known = [
-        r["val_bpb"] for r in known if (r.get("preset"), r.get("data")) == (preset, options.data)
-    ]
-    if known:
-        print(
-            f"expect {min(known):.3f} to {max(known):.3f} bits per byte of this preset on this text"
-        )
+    same = [r for r in known if all(r.get(k) == result[k] for k in ("preset", "data", "steps"))]
+    if same:
+        known = sorted(round(r["val_bpb"], 3) for r in same)
+        print(f"recorded runs at this budget reached {known[0]} to {known[-1]} bits per byte")
     print(
         f"{summary(result)}. Model, loss.png and metrics are in {run.dir}; next: "
         'make sample PROMPT="ROMEO:", or python 03_gpt/run.py trace'
@@ -287,6 +284,8 @@ def finish(run, preset, options, val_tokens, val_bytes, device, peak):
 
 
 def load(path, device="cpu"):
+    if not Path(path, "config.json").exists():
+        raise ValueError(f"{path} holds no model yet: make 03 trains one, --model names another")
     tokenizer = Tokenizer(path if (Path(path) / "tokenizer.json").exists() else None)
     return gpt.GPT.from_pretrained(path).to(device).eval(), tokenizer
 

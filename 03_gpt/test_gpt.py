@@ -634,6 +634,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, text):
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 0 and "goes on from there" in output, output
     assert torch.load(metrics.parent / "state.pt", weights_only=True)["step"] >= 1
+    gpt.GPT.from_pretrained(metrics.parent)  # stopped before the first evaluation, yet a model
 
 
 def one_line_error(done, *words):
@@ -665,6 +666,10 @@ def test_context_longer_than_the_text(tmp_path, text):
     long = ("--context_length", 1000, "--tokens_per_step", 1000)
     done = run("train", "--data", text, *SMALL, *long, out=tmp_path)
     one_line_error(done, "context_length 1000", "held-out text")
+
+
+def test_sample_without_a_model(tmp_path):
+    one_line_error(run("sample", out=tmp_path), "latest holds no model yet: make 03 trains one")
 
 
 def test_heads_that_do_not_divide(tmp_path, text):
