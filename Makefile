@@ -52,7 +52,7 @@ bench-01: $(SETUP_DEV) ## the tokenizer against tiktoken and tokenizers
 bench-03: $(SETUP_DEV) ## quality at equal time, and training speed against transformers
 	$(PYTHON) 03_gpt/bench.py $(ARGS)
 
-test: $(SETUP_DEV) ## run all tests (about 3 minutes)
+test: $(SETUP_DEV) ## run all tests (about 6 minutes)
 	$(PYTHON) -m pytest
 
 test-slow: $(SETUP_DEV) ## run the slow tests

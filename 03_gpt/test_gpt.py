@@ -692,6 +692,7 @@ def test_tokens_of_another_tokenizer_and_a_damaged_state(tmp_path, text):
     one_line_error(done, "state.pt cannot be read", "--fresh")
 
 
+@pytest.mark.slow  # test_full_disk_leaves_the_old_checkpoint_whole is the quick form
 def test_full_disk_is_one_line(tmp_path, text):
     train = ("train", "--data", text, "--steps", 10, *SMALL)
     run(*train, out=tmp_path, check=0)
