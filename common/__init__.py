@@ -1,5 +1,4 @@
-"""What every stage needs and none teaches: the command line (main, build, pick_device, progress),
-runs (Run, atomic, plot_loss), text (plays, corpus) and a tokenizer for inference (Tokenizer)."""
+"""What every stage needs and none teaches: command line, runs, text, a tokenizer for inference."""
 
 import argparse
 import contextlib
@@ -13,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from hashlib import sha256
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -27,11 +27,12 @@ HELD_OUT = "macbeth twelfth-night king-john the-tempest julius-caesar measure-fo
 PLAY = r"(?m)^#+ (.+)|^\*\*(.+)\*\*|^(?:_+|\*)\s*\[?((?:[^_*\n]|\n(?!\n))+?)\]?[_*] *$|^(.+)"
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EOT = "<|endoftext|>"
-# tokenizer.json writes a byte as itself where that can be printed, else as chr(256), chr(257), ...
 BYTES = {chr(b): b for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 BYTES |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(BYTES.values())))}
-CHARS = {b: c for c, b in BYTES.items()}
+CHARS = {b: c for c, b in BYTES.items()}  # how tokenizer.json writes a byte: so it can be printed
 PLAIN = {"model": {"vocab": BYTES, "merges": []}, "added_tokens": [{"content": EOT, "id": 256}]}
+CUTS = {"ByteLevel": GPT2, "Digits": r"\p{N}", "Split": None}  # the pre_tokenizers known here
+RULES = {"add_prefix_space": False, "individual_digits": True, "behavior": "Isolated"}  # and how
 
 
 def main(commands):
@@ -41,13 +42,12 @@ def main(commands):
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (function, *configs) in commands.items():
         sub = subparsers.add_parser(name, help=function.__doc__, description=function.__doc__)
-        for config in configs:  # a flag for each field; its help is the comment behind it
-            helps = dict(regex.findall(r"\n    (\w+):.*?  # (.+)", inspect.getsource(config)))
-            for field in dataclasses.fields(config):
-                kind = getattr(field.type, "__args__", [field.type])[0]  # int of int | None
-                text = f"{helps[field.name]} (default: {field.default})".replace("%", "%%")
-                how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-                sub.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
+        helps = regex.findall(r"\n    (\w+):.*?  # (.+)", "".join(map(inspect.getsource, configs)))
+        for field in sum(map(dataclasses.fields, configs), ()):  # a flag each, its comment the help
+            kind = getattr(field.type, "__args__", [field.type])[0]  # int of int | None
+            text = f"{dict(helps)[field.name]} (default: {field.default})".replace("%", "%%")
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+            sub.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **how)
     bare = not sys.argv[1:] or sys.argv[1].startswith("--") and sys.argv[1] != "--help"
     given = vars(parser.parse_args([next(iter(commands))] * bare + sys.argv[1:]))
     try:
@@ -68,8 +68,7 @@ def build(config, given, **defaults):
 
 def pick_device(name="auto", seed=0):
     """Seeds torch; returns (device, dtype of matrix products, reason) for auto, cpu, cuda, ..."""
-    import torch
-
+    torch = importlib.import_module("torch")  # not every command needs it, and it takes seconds
     torch.manual_seed(seed)
     if torch.cuda.is_available() and name != "cpu":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -77,11 +76,9 @@ def pick_device(name="auto", seed=0):
         return device, torch.bfloat16 if bf16 else torch.float32, torch.cuda.get_device_name(device)
     query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null"
     if name != "cpu" and (driver := subprocess.getoutput(query).split()):
-        why = (
-            f"driver {driver[0]} is too old for torch {torch.__version__} ({torch.version.cuda}): "
-        )
-        why += "make setup TORCH_INDEX=https://download.pytorch.org/whl/cu126, or --device cpu"
-        raise ValueError(f"the GPU cannot be used, {why}")
+        why = f"driver {driver[0]} is too old for torch {torch.__version__} ({torch.version.cuda})"
+        fix = "make setup TORCH_INDEX=https://download.pytorch.org/whl/cu126, or --device cpu"
+        raise ValueError(f"the GPU cannot be used, {why}: {fix}")
     if name not in ("auto", "cpu"):
         raise ValueError(f"--device {name} is not to be had here: use auto or cpu")
     return torch.device("cpu"), torch.float32, "asked for" if name == "cpu" else "no GPU here"
@@ -119,12 +116,12 @@ class Run:
         self.dir, self.config = folder / f"{name}-{sha256(key).hexdigest()[:6]}", config
         if fresh and self.dir.exists():
             self.dir.rename(f"{self.dir}-before-{os.getpid()}")
-        file, latest = self.dir / "run.json", folder / "latest"
-        old = json.loads(file.read_text()) if file.exists() else {"config": {}, "result": None}
-        if latest.exists() and not file.exists():
+        self.resume = (file := self.dir / "run.json").exists()
+        old = json.loads(file.read_text()) if self.resume else {"config": {}, "result": None}
+        if (latest := folder / "latest").exists() and not self.resume:
             print(f"{latest.resolve()} stays as it is; a new run begins in {self.dir}")
         more = config.get("steps", 0) > old["config"].get("steps", 0)
-        self.resume, self.result = file.exists(), None if more else old["result"]
+        self.result = None if more else old["result"]
         self.finish(self.result)
         (link := folder / f".latest.{os.getpid()}").symlink_to(self.dir.name)
         link.replace(latest)
@@ -200,13 +197,12 @@ def download(url, sha=None):
 
 def documents(path):
     """The texts in a .txt, .md, .jsonl or .parquet file, gzipped or not, in pieces."""
-    if path.suffix == ".parquet":
-        parquet = importlib.import_module("pyarrow.parquet")
-        for batch in parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
-            yield from (text + EOT for text in batch["text"].to_pylist())
-        return
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" in path.suffixes:
+        if path.suffix == ".parquet":
+            parquet = importlib.import_module("pyarrow.parquet")
+            for batch in parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
+                yield from (text + EOT for text in batch["text"].to_pylist())
+        elif ".jsonl" in path.suffixes:
             yield from (json.loads(line)["text"] + EOT for line in file)
         else:
             yield from iter(lambda: file.read(1 << 20), "")
@@ -236,11 +232,9 @@ def corpus(source="plays", sha=None):
                 train.writelines(map(str.encode, documents(path)))
             except (ValueError, KeyError, TypeError, EOFError) as error:
                 raise ValueError(f"{path} is not UTF-8 text or lacks 'text': {error}") from None
-        size = train.tell()
-        train.seek(size - min(size // 10, 10**7))
+        train.seek((size := train.tell()) - min(size // 10, 10**7))
         train.readline()
-        held_out = val.write(train.read())
-        train.truncate(size - held_out)
+        train.truncate(size - (held_out := val.write(train.read())))
         if held_out < 100:
             raise ValueError(f"--data {source}: {size:,} bytes are too short to hold a tenth out")
     return home
@@ -255,45 +249,51 @@ class Tokenizer:
         try:
             text = path.read_bytes() if directory else json.dumps(PLAIN).encode()
             data, self.hash = json.loads(text), sha256(text).hexdigest()[:16]
+            model, vocab = data["model"], data["model"]["vocab"]
             self.special = {t["content"]: t["id"] for t in data["added_tokens"]}
-            self.ids = {t: i for t, i in data["model"]["vocab"].items() if t not in self.special}
-            pairs = (m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"])
-            self.ranks = {tuple(pair): rank for rank, pair in enumerate(pairs)}
-            steps = data.get("pre_tokenizer") or {"pretokenizers": []}
+            self.ids = ids = {t: i for t, i in vocab.items() if t not in self.special}
+            pairs = enumerate(m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+            self.ranks = {(a, b): n for n, (a, b) in pairs if vocab[a + b] == ids.get(a + b)}
+            step = data.get("normalizer") or {"normalizers": []}
+            self.forms = {step["type"] for step in step.get("normalizers", [step])}
+            if unknown := self.forms - {"NFC"}:
+                raise ValueError(f"unknown normalizer {min(unknown)}")
+            steps = data.get("pre_tokenizer", {"pretokenizers": []}) or {"type": None}
             for step in steps.get("pretokenizers", [steps]):
-                known = {"ByteLevel": GPT2, "Digits": r"\p{N}"}.get(step["type"])
-                if step.get("use_regex", True):
-                    self.patterns.append(regex.compile(f"({known or step['pattern']['Regex']})"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                if (kind := step["type"]) not in CUTS or step | RULES != RULES | step:
+                    raise ValueError(f"unknown pre_tokenizer {step}")
+                cut = regex.compile(f"({CUTS[kind] or step['pattern']['Regex']})")
+                self.patterns += [cut] * step.get("use_regex", True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE tokenizer: {error}") from None
-        self.tokens = {i: bytes(BYTES.get(c, 0) for c in t) for t, i in self.ids.items()}
+        self.tokens = {i: bytes(BYTES.get(c, 0) for c in t) for t, i in ids.items()}
         self.tokens |= {i: t.encode() for t, i in self.special.items()}
         self.vocab_size, self.eot = max(self.tokens) + 1, self.special.get(EOT)
-        names = map(regex.escape, sorted(self.special, key=len, reverse=True))
-        self.special_pattern = regex.compile(f"({'|'.join(names) or '(?!)'})")
+        self.special_pattern = regex.compile(r"(\L<names>)", names=self.special or ["\ud800"])
+        self.whole, self.unknown = model.get("ignore_merges"), vocab.get(model.get("unk_token"))
+        lost, many = BYTES.keys() - ids.keys() | {"\0"}, "+" if model.get("fuse_unk") else ""
+        self.lost = regex.compile(rf"\L<lost>{many}", lost=lost)  # dropped, or the unknown token
 
     def encode(self, text, special=True):
         """The ids of a str; with `special`, <|endoftext|> and the like in it are one token each."""
-        if special:  # the odd parts of the split are the special tokens
-            parts = enumerate(self.special_pattern.split(text))
-            return sum(
-                ([self.special[p]] if n % 2 else self.encode(p, False) for n, p in parts), []
-            )
-        pieces, ids = [text], []
+        if ids := special and self.special:  # split keeps the special tokens among the parts
+            parts = self.special_pattern.split(text)
+            return [i for p in parts for i in ([ids[p]] if p in ids else self.encode(p, False))]
+        pieces = [unicodedata.normalize("NFC", text) if self.forms else text]
         for pattern in self.patterns:  # what lies between two matches is a piece, too
             pieces = [p for piece in pieces for p in pattern.split(piece) if p]
-        for piece in pieces:
-            ids += self.merge(piece)
-        return ids
+        return [i for piece in pieces for i in self.merge(piece)]
 
     @functools.lru_cache(100_000)  # noqa: B019
     def merge(self, piece):
         """The ids of one piece: its pairs joined, the one of lowest rank first."""
-        parts, ranks = [CHARS[byte] for byte in piece.encode()], self.ranks
+        text, ranks = "".join(CHARS[byte] for byte in piece.encode()), self.ranks
+        whole = self.whole and text in self.ids
+        parts = [text] if whole else list(self.lost.sub("" if self.unknown is None else "\0", text))
         while known := [(ranks[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in ranks]:
             _, i = min(known)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return [self.ids[part] for part in parts]
+        return [self.ids.get(part, self.unknown) for part in parts]
 
     def decode(self, ids):
         """Text of a list of ids; bytes that are not UTF-8 become U+FFFD."""

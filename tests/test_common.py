@@ -1,5 +1,6 @@
 """common: corpora, downloads, flags, runs, devices, and the inference-only tokenizer."""
 
+import contextlib
 import gzip
 import http.server
 import json
@@ -347,6 +348,129 @@ def test_tokenizer_json_gives_the_ids_of_tokenizers(tmp_path, kind):
     assert ours.eot == theirs.token_to_id(common.EOT) and ours.vocab_size == theirs.get_vocab_size()
     spoken = ours.encode("<|im_end|>", special=False)  # typed by a user, it stays text
     assert len(spoken) > 1 and ours.decode(spoken) == "<|im_end|>"
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+QWEN2 = SPLIT | {"pattern": {"Regex": LLAMA3.replace("{1,3}", "")}}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LAYOUTS = {  # the steps of each, and what else its tokenizer.json sets
+    "gpt2": ([BYTE_LEVEL | {"use_regex": True}], {}),
+    "smollm2": ([DIGITS, BYTE_LEVEL | {"use_regex": True}], {}),
+    "llama3": ([SPLIT, BYTE_LEVEL | {"use_regex": False}], {"ignore_merges": True}),
+    "qwen2": ([QWEN2, BYTE_LEVEL | {"use_regex": False}], {}),
+}
+ODD = [
+    "".join(map(chr, range(0x250))),
+    "e\u0301 A\u030a\u0327 \u1100\u1161\u11a8 \ufb01 \u2126 <|im_end|>\u0338 \u0301",  # NFD
+    "1 12 123 1234 12345678 ١٢٣ ½ Ⅷ ²³ 3.14e-5",
+    "👩‍👩‍👧 😀😀 🇩🇪 日本語テキスト 한국어 ไทย עברית नमस्ते",
+    "a  b   c    d\t\te \n f\r\n\r\n g\u00a0h\u2028i\u3000\u3000j\x85k  ",
+    "I'LL we'd IT'S 'ſ 's' can't'll <html> if(x){return--y;} <|endoftext|><|im_end|> ",
+]
+
+
+def tokenizer_json(directory, layout, missing=(), **changes):
+    """A trained tokenizer.json laid out as a model's is, without the tokens that have one of the
+    bytes `missing`; returns that of `tokenizers`."""
+    tokenizers = pytest.importorskip("tokenizers")
+    steps, model = LAYOUTS[layout]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[common.EOT, "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([TEXT, *ODD, (ROOT / "tests/test_common.py").read_text()], trainer)
+    data = json.loads(theirs.to_str())
+    lost = {common.CHARS[b] for b in missing}
+    vocab = {t: i for t, i in data["model"]["vocab"].items() if not lost & {*t}}
+    merges = [[a, b] for a, b in data["model"]["merges"] if a in vocab and a + b in vocab]
+    data["model"] |= {"vocab": vocab, "merges": [m for m in merges if m[1] in vocab]} | model
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    data["normalizer"] = {"type": "NFC"} if layout == "qwen2" else None
+    for key, value in changes.items():
+        (data if key in data else data["model"])[key] = value
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    return tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_odd_text_gives_the_ids_of_tokenizers(tmp_path, layout):
+    theirs = tokenizer_json(tmp_path, layout)
+    ours = common.Tokenizer(tmp_path)
+    for text in (*ODD, "".join(ODD), *(" ".join(text) for text in ODD)):
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+def test_nfc_in_a_sequence_and_only_outside_of_special_tokens(tmp_path):
+    nfc = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    theirs = tokenizer_json(tmp_path, "qwen2", normalizer=nfc)
+    ours, end = common.Tokenizer(tmp_path), theirs.token_to_id("<|im_end|>")
+    # Here > and the stroke that follows it would be one character in NFC.
+    text = "e\u0301<|im_end|>\u0338"
+    assert ours.encode(text) == theirs.encode(text).ids and end in ours.encode(text)
+    assert ours.decode(ours.encode(text)) == "é<|im_end|>\u0338"
+
+
+def test_without_special_tokens(tmp_path):
+    theirs = tokenizer_json(tmp_path, "gpt2", added_tokens=[])
+    ours = common.Tokenizer(tmp_path)
+    assert ours.encode("\0 a bc <|endoftext|>") == theirs.encode("\0 a bc <|endoftext|>").ids
+    assert ours.special_pattern.split("a\0b") == ["a\0b"] and ours.eot is None
+    with pytest.raises(ValueError, match="surrogates"):
+        ours.encode("a\ud800")
+
+
+def test_with_ignore_merges_a_piece_in_the_vocabulary_is_one_token(tmp_path):
+    for ignore in (True, False):
+        theirs = tokenizer_json(tmp_path, "llama3", ignore_merges=ignore, merges=[])
+        ours = common.Tokenizer(tmp_path)
+        for text in (*ODD, " tokenizer return return8"):
+            assert ours.encode(text) == theirs.encode(text).ids
+        assert (len(ours.encode(" return")) == 1) is ignore
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("unknown", [None, common.EOT])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_bytes_that_the_vocabulary_lacks(tmp_path, layout, unknown, fuse):
+    missing = [*b"\x04\x06r.", *"é".encode()]
+    model = dict(unk_token=unknown, fuse_unk=fuse)
+    theirs = tokenizer_json(tmp_path, layout, missing, **model)
+    ours = common.Tokenizer(tmp_path)
+    for text in (*ODD, "r", "rrr", "tor.er.r..\x04\x06e\x04t", "é", "x\x06<|endoftext|>r"):
+        assert ours.encode(text) == theirs.encode(text).ids
+    assert len(ours.encode("rr")) == (0 if unknown is None else 1 if fuse else 2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+        (
+            dict(normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend"}]}),
+            "normalizer Prepend",
+        ),
+        (dict(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer .*Metaspace"),
+        (dict(pre_tokenizer=None), "pre_tokenizer"),
+        (dict(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space': True"),
+        (dict(pre_tokenizer=SPLIT | {"behavior": "Removed"}), "Removed"),
+        (dict(pre_tokenizer=DIGITS | {"individual_digits": False}), "Digits"),
+        (dict(merges=["t h", "zz zz"]), "zzzz"),
+    ],
+)
+def test_a_tokenizer_that_is_not_known_here_is_named(tmp_path, changes, message):
+    with contextlib.suppress(Exception):  # `tokenizers` itself cannot read some of these
+        tokenizer_json(tmp_path, "gpt2", **changes)
+    with pytest.raises(ValueError, match=f"tokenizer.json is not a byte-level BPE.*{message}"):
+        common.Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"model": {"vocab": []}}', "not json"])
