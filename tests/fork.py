@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (
-    "requirements.txt requirements-dev.txt requirements-data.txt pyproject.toml LICENSE .gitignore"
+    "requirements.txt requirements-dev.txt requirements-data.txt requirements-weights.txt "
+    "pyproject.toml LICENSE .gitignore"
 )
 
 

@@ -8,10 +8,14 @@ import fork
 import pytest
 
 FOLDERS = sorted(path.name for path in fork.ROOT.glob("[0-9][0-9]_*"))
-# The smallest run of each stage; a stage that is not here runs its main command on this text.
+SMALL = "--d_model 16 --n_layers 1 --n_heads 2 --context_length 16 --steps 3 "
+SMALL += "--tokens_per_step 64 --eval_every 3 --device cpu"
+# The smallest run of each stage on {text}.
 MINIMAL = {
-    "03_gpt": "--d_model 16 --n_layers 1 --n_heads 2 --context_length 16 --steps 3 "
-    "--tokens_per_step 64 --eval_every 3 --device cpu",
+    "01_tokenizer": "train --data {text}",
+    "02_attention": "measure --max_context 256 --d_model 32 --n_heads 4",
+    "03_gpt": "train --data {text} " + SMALL,
+    "04_modern": "train --data {text} " + SMALL,
 }
 
 
@@ -31,8 +35,9 @@ def test_fork_runs_alone(tmp_path, name):
     folder = fork.fork(name[:2], tmp_path / "mine")
     text = tmp_path / "text.txt"
     text.write_text("A small text about nothing much,\nrepeated until it will do.\n" * 100)
-    assert "train" in in_fork(folder, f"{name}/run.py", "--help")
-    in_fork(folder, f"{name}/run.py", "train", "--data", str(text), *MINIMAL.get(name, "").split())
+    words = MINIMAL[name].format(text=text).split()
+    assert words[0] in in_fork(folder, f"{name}/run.py", "--help")
+    in_fork(folder, f"{name}/run.py", *words)
     made = {path.name for path in (folder.parent / "out").iterdir()}
     assert name in made  # in the fork, not beside the original
     in_fork(folder, "-m", "pytest", name, "-x", "-p", "no:cacheprovider")

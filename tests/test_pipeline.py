@@ -47,6 +47,16 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
     sample = ("sample", "--prompt", "Once upon a", "--temperature", 0, "--n", 1)
     ours = run(tmp_path, "03_gpt/run.py", *sample, "--max_new_tokens", 8)
     assert ours.strip() == words.decode(ids).split(common.EOT)[0].strip()
+    # The next stage, on the same tokens, and from its directory into transformers.
+    run(tmp_path, "04_modern/run.py", "train", "--data", text, *small.split())
+    latest = tmp_path / "04_modern" / "latest"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(latest)
+    words = transformers.AutoTokenizer.from_pretrained(latest)
+    prompt = words("Once upon a", return_tensors="pt")
+    ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+    sample = ("sample", "--prompt", "Once upon a", "--temperature", 0, "--max_new_tokens", 8)
+    ours = run(tmp_path, "04_modern/run.py", *sample)
+    assert ours.strip() == words.decode(ids).split(common.EOT)[0].strip()
 
 
 def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):
