@@ -5,8 +5,8 @@ token, and everything that has to be written around it to train one on real text
 loss, optimizer, schedule, evaluation on held-out text, checkpoints that survive a kill -9, resuming
 to the bit, and sampling.
 
-Parent: none
-New: everything
+Parent: 02_attention/attention.py (Linear, Embedding, sinusoidal_positions)
+New: GPTConfig, LayerNorm, Attention, MLP, Block, GPT, and all that trains and samples
 
 Read in this order: GPTConfig; the pieces Linear, Embedding, LayerNorm; Attention, MLP, Block, GPT;
 cross_entropy, AdamW, SGD, lr_schedule, clip_gradients; get_batch, evaluate, checkpoints, train;

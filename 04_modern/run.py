@@ -37,9 +37,9 @@ from common import (
 HERE = Path(__file__).resolve().parent
 # What a preset changes in TransformerConfig and TrainConfig. small takes 3 minutes on 2 cores;
 # medium is for one GPU; 135m is SmolLM2's shape with the batch of GPT-2's reproductions.
-SMALL = dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, context_length=128)
-SMALL |= dict(steps=1600, tokens_per_step=1024, max_lr=5e-3, min_lr=0.0, warmup_steps=80)
-SMALL |= dict(eval_every=200, eval_tokens=20_000)
+SMALL = dict(d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, context_length=128)
+SMALL |= dict(steps=3600, tokens_per_step=512, max_lr=5e-3, min_lr=0.0, warmup_steps=150)
+SMALL |= dict(eval_every=450, eval_tokens=20_000)
 MEDIUM = dict(d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, context_length=512, dropout=0.2)
 MEDIUM |= dict(steps=5000, tokens_per_step=16384, max_lr=1e-3, eval_every=250, patience=6)
 LARGE = dict(n_kv_heads=3, tokens_per_step=2**19, max_lr=6e-4, min_lr=6e-5, warmup_steps=700)

@@ -244,7 +244,8 @@ def by_hand(model, ids, window, sinks):
     group = config.n_heads // config.n_kv_heads
     for block in model.blocks:
         qkv = block.attention.qkv(block.norm1(x)).view(len(ids), -1, config.head_dim)
-        q, k, v = qkv.split(block.attention.heads, dim=1)  # (T, H or K, D)
+        heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        q, k, v = qkv.split(heads, dim=1)  # (T, H or K, D)
         rows = []
         for t in range(len(ids)):
             kept = [s for s in range(t + 1) if s < sinks or s > t - window]
@@ -1481,7 +1482,7 @@ def test_caches_are_checked():
     cache = modern.KVCache(model.config)
     assert cache.capacity == 16
     model(torch.randint(50, (1, 10)), cache=cache)
-    with pytest.raises(ValueError, match=r"10 \+ 7 tokens do not fit into a cache of 16"):
+    with pytest.raises(ValueError, match=r"10 \+ 7 tokens do not fit into the cache, 16"):
         model(torch.randint(50, (1, 7)), cache=cache)
     with pytest.raises(ValueError, match="this model has no window: give the RollingKVCache one"):
         modern.RollingKVCache(model.config)

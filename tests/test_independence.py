@@ -28,6 +28,7 @@ def declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
     names = {re.match(r"[\w-]+", package)[0].replace("-", "_") for package in wanted}
+    names.add("triton")  # comes with torch where that is built for CUDA
     return {"sklearn" if name == "scikit_learn" else name for name in names}
 
 
