@@ -75,7 +75,7 @@ bench-03: $(SETUP_DEV) ## quality at equal time, and training speed against tran
 bench-04: $(SETUP_DEV) ## decoding speed of SmolLM2 against transformers, quality at equal time
 	$(PYTHON) 04_modern/bench.py $(ARGS)
 
-test: $(SETUP_DEV) ## run all tests (about 8 minutes)
+test: $(SETUP_DEV) ## run all tests (about 9 minutes)
 	$(PYTHON) -m pytest
 
 test-slow: $(SETUP_DEV) ## run the slow tests
