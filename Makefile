@@ -57,6 +57,9 @@ sample: $(SETUP) ## print text from the newest GPT: make sample PROMPT="ROMEO:"
 04: tokenizer ## train a Llama-style model on the same text and print samples
 	$(PYTHON) 04_modern/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
+05: tokenizer ## train it with Muon, shards and checkpoints that survive a kill (PRESET=gpt2-124m, STORE=s3://...)
+	$(PYTHON) 05_scaling/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(STORE),--store "$(STORE)") $(ARGS)
+
 smollm2: $(SETUP_WEIGHTS) ## ask SmolLM2-135M-Instruct, real weights in our code: make smollm2 ASK="..."
 	@$(PYTHON) 04_modern/run.py chat --model smollm2 --ask "$(or $(ASK),Why is the sky blue?)" $(ARGS)
 
@@ -96,4 +99,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 smollm2 chat bench-01 bench-02 bench-03 bench-04 test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 smollm2 chat bench-01 bench-02 bench-03 bench-04 test test-slow lint readme copies fork

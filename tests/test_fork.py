@@ -16,6 +16,7 @@ MINIMAL = {
     "02_attention": "measure --max_context 256 --d_model 32 --n_heads 4",
     "03_gpt": "train --data {text} " + SMALL,
     "04_modern": "train --data {text} " + SMALL,
+    "05_scaling": "train --data {text} " + SMALL,
 }
 
 

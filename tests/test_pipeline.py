@@ -57,6 +57,15 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
     sample = ("sample", "--prompt", "Once upon a", "--temperature", 0, "--max_new_tokens", 8)
     ours = run(tmp_path, "04_modern/run.py", *sample)
     assert ours.strip() == words.decode(ids).split(common.EOT)[0].strip()
+    # And the next, through token shards; what it writes 04 reads and generates from.
+    run(tmp_path, "05_scaling/run.py", "train", "--data", text, *small.split())
+    latest = tmp_path / "05_scaling" / "latest"
+    lines = [json.loads(line) for line in open(latest / "metrics.jsonl")]
+    assert lines[-1]["val_loss"] < 0.6 * lines[0]["train_loss"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(latest)
+    ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+    ours = run(tmp_path, "04_modern/run.py", *sample, "--model", latest)
+    assert ours.strip() == words.decode(ids).split(common.EOT)[0].strip()
 
 
 def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):
