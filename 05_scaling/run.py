@@ -1,4 +1,4 @@
-"""Training at scale: train, sample, tokenise into shards, checkpoints. README.md says more."""
+"""Training at scale: train, sample, tokenise, plan on paper, checkpoints. README.md says more."""
 
 import json
 import math
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the common/ besi
 
 import layout
 import numpy as np
+import planner
 import scaling
 import shards
 import torch
@@ -34,7 +35,7 @@ TINY |= dict(eval_tokens=20_000)
 GPT2 = dict(context_length=1024, tokens_per_step=2**19, max_lr=2e-3, warmup_steps=300)
 GPT2 |= dict(beta2=0.95, eval_every=250, eval_tokens=2**20, patience=4)
 BILLION = GPT2 | dict(d_model=2048, n_layers=20, n_heads=16, d_ff=5632, max_lr=1e-3)
-BILLION |= dict(checkpointing=True, state_dtype="bfloat16")
+BILLION |= dict(checkpointing=True, state_dtype="bfloat16", micro_batch=16)
 PRESETS = {"tiny": TINY, "gpt2-124m": GPT2, "1b-24gb": BILLION}
 
 
@@ -60,6 +61,18 @@ class TokenizeOptions:
     to: str | None = None  # directory for the shards; None: one under out/tokens
     shard_tokens: int = 2**26  # tokens in a shard
     workers: int | None = None  # processes; None: one for each core
+
+
+@dataclass
+class PlanOptions:
+    preset: str = "1b-24gb"  # tiny, gpt2-124m or 1b-24gb
+    on: str = "rtx3090"  # rtx3090, rtx4090, a100, h100, h200 or cpu
+    ranks: int = 1  # number of such devices
+    mfu: float = 0.4  # share of the device's peak FLOP/s that training reaches
+    tokens: float | None = None  # tokens to train on; None: 20 for each parameter
+    memory: float | None = None  # GiB that one process may use; None: the device's
+    price: float | None = None  # dollars an hour of one device; None: a low one of March 2026
+    check: bool = False  # measure a step on this machine and compare
 
 
 @dataclass
@@ -184,7 +197,9 @@ def train(given):
     eot = tokenizer.eot if training.whole_documents else None
     loader = scaling.TokenLoader(*text, eot=eot)
     rows = sequences // world
-    micro = training.micro_batch = min(rows, training.micro_batch or rows)
+    kind = planner.device_name(device)
+    fits = training.micro_batch or planner.largest_micro_batch(config, training, kind, world)
+    micro = training.micro_batch = max(1, min(rows, fits))
     plan = asdict(config) | asdict(training) | dict(tokens_dir=str(home), device=device.type)
     run = SimpleNamespace(dir=None, result=None, resume=False)
     if rank == 0:
@@ -206,6 +221,7 @@ def train(given):
     if world > 1 and device.type == "cpu":
         peak /= world  # they share the cores
     accumulated = -(-rows // micro)
+    planned = planner.plan(config, training, kind, world, micro)
     n = sum(p.numel() for p in model.parameters())
     print(f"model: {n:,} parameters ({name}), {model.flops_per_token():,} FLOPs a token")
     print(f"text: {home}, {n_tokens:,} tokens in {len(tokens['train'])} shards")
@@ -236,15 +252,17 @@ def train(given):
             f"{f' ({training.parallel})' * (world > 1)}; "
             f"{training.steps * sequences * config.context_length / n_tokens:.1f} passes over it"
         )
+        print(f"memory on paper: {planned['process'] / 2**30:.2f} GiB a process at most")
         going = f" (going on from step {first_step})" if first_step else ""
         print(f"run: {run.dir}{going}; checkpoints: {options.store or 'there'}", flush=True)
         trainer.fit()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
+        advice = planner.out_of_memory_advice(config, training, kind, world, micro)
         raise ValueError(
-            f"out of memory with {micro} sequences at once: give a lower --micro_batch, or "
-            f"--checkpointing; the last checkpoint is kept in {options.store or run.dir}"
+            f"out of memory with {micro} sequences at once: {advice}; the last checkpoint is kept "
+            f"in {options.store or run.dir}"
         ) from None
     bar.close()
     if rank == 0:
@@ -351,6 +369,44 @@ def tokenize(given):
     print(f"in {home}; next: python 05_scaling/run.py train --tokens {home}")
 
 
+def plan(given):
+    """parameters, memory, speed, hours and cost of training, on paper"""
+    how = build(PlanOptions, given)
+    cpu = torch.device("cpu")
+    _, config, training = settings(given, how, cpu, 50304 if "vocab_size" not in given else 0)
+    flops = matrix_flops(cpu, torch.float32) if how.on == "cpu" else None
+    numbers = (how.mfu, how.tokens, how.memory, how.price, flops)
+    print(planner.format_plan(planner.plan(config, training, how.on, how.ranks, None, *numbers)))
+    if how.on in ("rtx3090", "rtx4090"):
+        print("\n" + planner.explain_1b(how.on))
+    if how.check:
+        check(config, training)
+
+
+def check(config, training):
+    """Compare the planned memory of a step with what is measured on this machine."""
+    device, *_ = pick_device()
+    kind = planner.device_name(device)
+    micro = min(
+        training.micro_batch or 4, max(1, training.tokens_per_step // config.context_length)
+    )
+    training.tokens_per_step, training.micro_batch = micro * config.context_length, micro
+    model = scaling.TransformerLM(config).to(device)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 4 * training.tokens_per_step)
+    loader = scaling.TokenLoader([tokens], config.context_length, micro, device=device)
+    trainer = scaling.Trainer(model, loader, tokens, training, None, None, device)
+    trainer.train_step()
+    states = [x for s in trainer.optimizer.state.values() for x in s.values() if torch.is_tensor(x)]
+    held = [*model.parameters(), *model.buffers(), *states]
+    measured = planner.measured_peak(trainer.train_step, held, device)
+    loader.close()
+    planned = planner.peak_bytes(config, training, kind, 1, micro)
+    print(
+        f"\nmeasured here with {micro} sequences: {measured / 2**20:,.1f} MiB of tensors at most, "
+        f"planned {planned / 2**20:,.1f} ({planned / measured - 1:+.1%})"
+    )
+
+
 def checkpoints(given):
     """list the checkpoints of a store, or download one"""
     o = build(CheckpointOptions, given)
@@ -373,6 +429,7 @@ if __name__ == "__main__":
             "train": (train, Options, *models),
             "sample": (sample, SampleOptions),
             "tokenize": (tokenize, Options, TokenizeOptions),
+            "plan": (plan, PlanOptions, *models),
             "checkpoints": (checkpoints, CheckpointOptions),
         }
     )

@@ -36,6 +36,7 @@ from common import atomic
 
 STEP, NAME = re.compile(r"step-(\d{8,})/(?:manifest-(\d+)\.json$)?"), "step-{:08d}".format
 ATTEMPTS, DAY, LOCKS = 5, 86400, {}
+BUSY = "in use by another process or read-only: stop that one, or use another directory"
 WHY = {  # by HTTP status or by exception
     400: "S3 rejects the request: expired credentials, or AWS_REGION is not the bucket's",
     403: "access denied: these credentials must be allowed to list, read, write and delete there",
@@ -104,19 +105,18 @@ class CheckpointStore:
         names is a dead process's and can go."""
         if (key := (os.getpid(), self.staging.resolve())) in LOCKS:
             return True
-        file = open(self.staging / ".lock", "w")
         try:
+            file = open(self.staging / ".lock", "w")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError:  # held, or the directory is read-only
             return False
         LOCKS[key] = file  # stays open, as closing it unlocks
         for old in self.staging.glob(".step-*.old"):  # _seal was between its two renames
             if not (new := self.staging / old.stem[1:]).exists():
                 os.replace(old, new)
-        for path in [
-            p for end in ("old", "part", "gone") for p in self.staging.glob(f".step-*.{end}")
-        ]:
-            shutil.rmtree(path)
+        for path in self.staging.glob(".step-*"):
+            if path.suffix != ".download":  # that one can go on
+                shutil.rmtree(path)
         return True
 
     # ---- writing
@@ -125,7 +125,7 @@ class CheckpointStore:
         """A new, empty directory for the files of the checkpoint. ValueError if another process
         writes to staging."""
         if not self.mine:
-            raise ValueError(f"{self.staging} is in use by another process: stop that one first")
+            raise ValueError(f"{self.staging} is {BUSY}")
         with self.changed:
             self.changed.wait_for(lambda: step not in self.sealing)
         self.began, part = True, self.staging / f".{NAME(step)}.part"
@@ -166,6 +166,8 @@ class CheckpointStore:
             shutil.rmtree(old, ignore_errors=True)
             if not self.client:
                 self._point(max(self._local()))
+            for path in self.staging.glob(".step-*.download"):  # a run that saves has resumed
+                shutil.rmtree(path)
             self._tidy(step)
         except Exception as error:
             self._fail(step, f"checkpoint {part} is not saved: {error}")
@@ -252,8 +254,8 @@ class CheckpointStore:
                     drop.append(step)
             self.todo -= set(drop)
             self.failed = {s: text for s, text in self.failed.items() if s not in drop}
-            if sealed is not None and self.client:
-                self.todo |= {sealed} | self.failed.keys()
+            if sealed is not None:
+                self.todo |= {sealed} | self.failed.keys() if self.client else set()
                 self.failed = {}
         for step in drop:
             self._delete(step)
@@ -384,7 +386,7 @@ class CheckpointStore:
         if not remote:
             raise ValueError(text.format(bad, step, folder, older))
         if not self.mine:
-            raise ValueError(f"{self.staging} is in use by another process: stop that one first")
+            raise ValueError(f"{self.staging} is {BUSY}")
         if (part := self.staging / f".{NAME(step)}.download").exists():
             self._delete(step)
         elif folder.exists():
@@ -393,7 +395,7 @@ class CheckpointStore:
             if digest(path := part / name) != entry:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 args = self.bucket, f"{self.prefix}{NAME(step)}/{name}", str(path), None, None
-                if there := self.keys[step].get(f"{NAME(step)}/{name}") == entry["bytes"]:
+                if there := self.keys.get(step, {}).get(f"{NAME(step)}/{name}") == entry["bytes"]:
                     self._retry(self.client.download_file, *args, self.transfer)
                 if not there or digest(path) != entry:
                     raise ValueError(text.format(name, step, self.url, older))
