@@ -271,9 +271,9 @@ def largest_micro_batch(c, t, device="rtx3090", world=1, memory=None):
 
 
 def measured_peak(step, tensors, device="cpu"):
-    """The most bytes of tensors during step(), which must have run once before: those of `tensors`
-    (weights, optimizer states, batch) and on a CPU every allocation and release that PyTorch's
-    profiler saw, added up; on a GPU the allocator's own figure."""
+    """The most bytes of tensors during step(): on a CPU those of `tensors` (all that is there
+    before: weights, optimizer states, batch) and every allocation and release that PyTorch's
+    profiler sees, added up; on a GPU the allocator's own figure."""
     device, stores = torch.device(device), {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -44,7 +44,7 @@ class Options:
     data: str = "plays"  # text: plays, a file, directory, glob or URL (.txt .md .jsonl .parquet)
     sha256: str | None = None  # checksum of --data where that is a URL
     tokenizer: str | None = None  # directory with tokenizer.json; None: newest of 01, else bytes
-    tokens: str | None = None  # directory or s3:// prefix of token shards in place of --data
+    tokens: str | None = None  # directory or s3:// prefix of token shards, read instead of text
     skip_corrupt: bool = False  # leave damaged shards out and count them, in place of refusing
     preset: str = "auto"  # tiny, gpt2-124m or 1b-24gb; auto: tiny, on a GPU gpt2-124m
     store: str | None = None  # directory or s3://bucket/prefix of checkpoints; None: the run's own

@@ -719,7 +719,7 @@ class Mortal:
         return call
 
 
-@pytest.mark.parametrize("where", ["local", "s3", "s3 again"])
+@pytest.mark.parametrize("where", ["local", "local again", "s3", "s3 again"])
 def test_killed_at_any_point_the_old_or_the_new_one_can_be_loaded(
     where, new, s3, tmp_path, monkeypatch
 ):
@@ -727,13 +727,13 @@ def test_killed_at_any_point_the_old_or_the_new_one_can_be_loaded(
     over: then what is on S3 alone may be incomplete for a while."""
     mortal = Mortal(monkeypatch, s3.plain)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    url = str(tmp_path / "staging") if where == "local" else None
+    url = str(tmp_path / "staging") if where.startswith("local") else None
     options = {"url": url, "keep_last": 1, "client": mortal}
     store, last, survived = new(**options), 1, False
     write(store, 1, a=b"1", b=b"1")
     store.wait(20)
     for n in range(1, 100):
-        step = 1 if where == "s3 again" else n + 1
+        step = 1 if where.endswith("again") else n + 1
         part = store.begin(step)
         for name in "ab":
             (part / name).write_text(str(n + 1))
