@@ -437,8 +437,6 @@ def format_plan(p):
             f"${p['cost']:,.2f}",
             f"a day of it trains {p['optimal_in_a_day'] / 1e6:,.0f}M parameters on 20 tokens each",
         ]
-    if p["device"] == "rtx3090" and p["parameters"] >= 1e9:
-        lines += explain_1b().splitlines()
     return "\n".join(lines)
 
 

@@ -219,6 +219,7 @@ def test_ten_thousand_tokens_a_second():
     text = planner.explain_1b("rtx3090")
     for figure in ("71 TFLOP/s", "8,875 to 11,833", "85% to 169%", "more than", "3,106 to 5,917"):
         assert figure in text
+    assert max(map(len, text.splitlines())) < 100
     assert "within its reach" in planner.explain_1b("h100")
     with pytest.raises(ValueError, match="not known"):
         planner.explain_1b("cpu")
@@ -355,7 +356,7 @@ def test_format_plan():
         assert f"{p['parameters']:,} parameters" in text
         assert (f"{p['when']} " in text) and (f"{p['peak'] / GIB:.2f} <-" in text)
         assert ("does not fit" in text) == (not p["fits"])
-    assert "85% to 169%" in planner.format_plan(plan(*billion()))
+    assert "tokens/s" not in planner.format_plan(plan(*configs(), device="cpu"))
 
 
 # ---- launch/

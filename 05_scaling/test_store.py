@@ -309,6 +309,22 @@ def test_the_pointer_never_goes_back(new, s3):
     assert pointer(s3)["step"] == 9 and other.latest() == 5
 
 
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_pointer_that_a_kill_prevented_is_made_at_the_next_start(where, new, s3, tmp_path):
+    url = f"s3://{s3.bucket}/run/one" if where == "s3" else str(tmp_path / "staging")
+    store = new(url=url)
+    write(store, 1)
+    store.wait(20)
+    if where == "s3":
+        s3.plain.delete_object(Bucket=s3.bucket, Key="run/one/latest.json")
+        new().wait(20)
+        assert pointer(s3)["step"] == 1
+    else:
+        (tmp_path / "staging" / "latest.json").unlink()
+        new(url=url)
+        assert json.loads((tmp_path / "staging" / "latest.json").read_text())["step"] == 1
+
+
 def test_commit_returns_while_an_upload_is_held(new, s3, tmp_path):
     release = threading.Event()
     s3.rule = lambda method, path: release if method == "PUT" else None
@@ -334,8 +350,7 @@ def test_only_the_newest_and_the_best_wait(metrics, uploaded, new, s3, tmp_path)
     until(lambda: any(method == "PUT" for method, _ in s3.seen))
     for step, metric in enumerate(metrics, 2):
         write(store, step, metric)
-        until(lambda: store.latest() == step)  # noqa: B023
-    until(lambda: not store.sealing)
+        until(lambda: not store.sealing)
     assert sealed(tmp_path / "staging") == uploaded
     release.set()
     store.wait(20)
@@ -496,6 +511,11 @@ def test_no_bucket_credentials_or_endpoint(new, s3, monkeypatch, tmp_path):
             new(**bad)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET}@127.0.0.1:9")
     with pytest.raises(ValueError, match="no connection: .*AWS_ENDPOINT_URL") as error:
+        new()
+    assert SECRET not in str(error.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url.replace("//", f"//me:{SECRET}@"))
+    s3.rule = lambda method, path: "cut at its body" if method == "GET" else "cut request"
+    with pytest.raises(ValueError, match="Connection.*127.0.0.1") as error:
         new()
     assert SECRET not in str(error.value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
