@@ -407,7 +407,8 @@ class CheckpointStore:
 
 def why(error):
     """One line, without secrets, on what went wrong with S3."""
-    status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    answer = getattr(error, "response", None) or {}  # None where the connection broke
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     text = re.sub(r"//[^/\s]*@", "//", " ".join(f"{type(error).__name__}: {error}".split()))
     return WHY.get(status) or WHY.get(type(error).__name__) or text
 
