@@ -426,20 +426,21 @@ class AdamW(torch.optim.Optimizer):
                 narrow.copy_(stochastic_round(values, generator))
 
 
-def orthogonalise(matrix, steps=5):
-    """Roughly U Vᵀ of a matrix U S Vᵀ, (..., rows, columns): all singular values come to between
+def orthogonalise(matrices, steps=5):
+    """Roughly U Vᵀ of each matrix U S Vᵀ, (n, rows, columns): all singular values come to between
     0.7 and 1.2, so that rare directions count as much as common ones (Jordan et al. 2024).
 
     A step maps a singular value s to a s + b s³ + c s⁵, whose large slope at 0 lifts small ones."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()  # a CPU is faster in float32
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # a CPU is faster in float32
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # so that the gram matrix is of the smaller side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above 1
+    one = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).type_as(matrix)
+        x = (a * one + b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).type_as(matrices)
 
 
 class Muon(AdamW):
@@ -448,7 +449,10 @@ class Muon(AdamW):
     A group of params with adam=True is AdamW's: embedding and output layer; one with `parts`, row
     counts, holds matrices that are several under one another. A step is an orthogonal matrix times
     0.2 sqrt(max(rows, columns)), as large as one of AdamW: both share one learning rate (Liu et al.
-    2025). A sharded matrix is gathered for it."""
+    2025). Matrices of one shape go together, in a third of the time on 2 cores; a sharded one is
+    gathered for it."""
+
+    together = 2**24  # numbers in the matrices that are orthogonalised at once
 
     def __init__(self, params, lr=1e-3, momentum=0.95, **settings):
         super().__init__(params, lr, **settings)
@@ -462,19 +466,36 @@ class Muon(AdamW):
 
     def update(self, p, group):
         if "v" in self.state[p]:
-            return super().update(p, group)
-        m = self.state[p]["m"]
-        m.mul_(self.momentum).add_(p.grad.type_as(m))
-        ahead = p.grad + self.momentum * m  # Nesterov's
-        whole = ahead.full_tensor() if isinstance(p, DTensor) else ahead
-        steps = []
-        for part in whole.split(group.get("parts") or len(whole)):
-            steps.append(orthogonalise(part) * (0.2 * math.sqrt(max(part.shape))))
-        step = torch.cat(steps).type_as(p)
-        if isinstance(p, DTensor):
-            whole = DTensor.from_local(step, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
-            step = whole.redistribute(placements=p.placements).to_local()
-        local(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
+            super().update(p, group)
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            alike = {}
+            for p in group["params"]:
+                if p.grad is not None and "v" not in self.state[p]:
+                    alike.setdefault(p.shape, []).append(p)
+            for shape, found in alike.items():
+                n = max(1, self.together // shape.numel())
+                for i in range(0, len(found), n):
+                    self.muon(found[i : i + n], group)
+
+    def muon(self, params, group):
+        lr, ahead = group["lr"], []
+        for p in params:
+            m = self.state[p]["m"]
+            m.mul_(self.momentum).add_(p.grad.type_as(m))
+            nesterov = p.grad + self.momentum * m
+            ahead.append(nesterov.full_tensor() if isinstance(p, DTensor) else nesterov)
+        ahead, steps = torch.stack(ahead), []  # (n, rows, columns)
+        for part in ahead.split(group.get("parts") or ahead.shape[1], dim=1):
+            steps.append(orthogonalise(part) * (0.2 * math.sqrt(max(part.shape[1:]))))
+        for p, step in zip(params, torch.cat(steps, dim=1).type_as(p)):
+            if isinstance(p, DTensor):
+                whole = DTensor.from_local(step, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
+                step = whole.redistribute(placements=p.placements).to_local()
+            local(p).mul_(1 - lr * group["weight_decay"]).sub_(lr * step)
 
 
 class GaLore(AdamW):
