@@ -78,6 +78,15 @@ bench-03: $(SETUP_DEV) ## quality at equal time, and training speed against tran
 bench-04: $(SETUP_DEV) ## decoding speed of SmolLM2 against transformers, quality at equal time
 	$(PYTHON) 04_modern/bench.py $(ARGS)
 
+bench-05: $(SETUP_DEV) ## training speed against transformers' Trainer, quality at equal time, memory, a GPU's MFU
+	$(PYTHON) 05_scaling/bench.py $(ARGS)
+
+ladder: tokenizer ## 03, 04 and 05 trained for the same time: bits per byte
+	$(PYTHON) tests/ladder.py $(ARGS)
+
+sweep: tokenizer ## sizes, learning rates and budgets, and the scaling law fitted to them
+	$(PYTHON) 05_scaling/run.py sweep $(DATA_FLAG) $(ARGS)
+
 test: $(SETUP_DEV) ## run all tests (about 9 minutes)
 	$(PYTHON) -m pytest
 
@@ -99,4 +108,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 smollm2 chat bench-01 bench-02 bench-03 bench-04 test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 ladder sweep test test-slow lint readme copies fork

@@ -156,13 +156,14 @@ def step_bytes(c, t, device, shard):
     for rows, columns, parts in matrices.values():
         k, (small, long) = rows * columns, sorted((rows, columns))
         if t.optimizer == "muon":
-            whole, done, w = 4 * k if shard > 1 else 0, 0, 4 if device == "cpu" else 2
+            together = min(c.n_layers, max(1, 2**24 // k))  # as many as Muon.together allows
+            done, w = 0, 4 if device == "cpu" else 2
             for part in parts:
                 s, n = min(part, columns), part * columns
-                inside = w * max(4 * n + s * s, 2 * n + 4 * s * s)
-                sizes.append(whole + 4 * k / shard + 4 * done + inside)
+                inside = w * max(5 * n, 2 * n + 4 * s * s)
+                sizes.append(together * (4 * k + 4 * done + inside))
                 done += n
-            sizes.append(whole + 8 * k + 8 * k / shard)  # parts, joined; momentum, the step
+            sizes.append(together * 12 * k)  # momenta, the parts of the step, the same joined
         elif t.optimizer == "galore" and small > t.galore_rank:
             rank = t.galore_rank
             svd = 8 * k + 4 * small * small  # a copy and the factors
@@ -202,18 +203,16 @@ def step_memory(c, t, device="rtx3090", world=1, micro_batch=1):
     # ids and targets, int64: the batch, the loader's 4 ahead, and the one that it is making
     always = dict(weights=4 * total / shard, states=state_bytes(c, t) / shard)
     always |= dict(batch=6 * 8 * rows * (T + 1))
-    # DDP copies gradients into buckets. FSDP gathers the outer weights for both passes and those of
-    # this block, the next and one arriving, and sends a block's gradients from a float32 copy.
-    buckets, outer, on_the_way = 4 * total if world > 1 else 0, 0, 0
-    if sharded:
-        buckets, outer = 0, e * (total - L * block)
-        on_the_way = 3 * e * block + (w + 4) * block
+    # FSDP gathers the outer weights for both passes and those of this block, the next and one
+    # arriving, and sends a block's gradients from a float32 copy.
+    outer = e * (total - L * block) if sharded else 0
+    on_the_way = (3 * e + w + 4) * block if sharded else 0
     # Until the last micro-batch sends them, accumulated gradients are whole on every rank.
     gradients = 4 * total / (1 if several else shard)
-    held = gradients if several else 0
+    held = gradients if several or world > shard else 0  # DDP's are views of buckets that stay
 
     def moment(gradients=held, ranks=outer, **parts):
-        return always | dict(gradients=gradients, ranks=ranks + buckets) | parts
+        return always | dict(gradients=gradients, ranks=ranks) | parts
 
     chunk = min(t.loss_chunk, n)
     dx, dw = n * C * r, table * w

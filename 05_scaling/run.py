@@ -18,12 +18,13 @@ import numpy as np
 import planner
 import scaling
 import shards
+import sweep
 import torch
 import torch.distributed as dist
 import tracking
 from store import CheckpointStore
 
-from common import EOT, OUT, Run, Tokenizer, build, main, pick_device, plot_loss, progress
+from common import EOT, OUT, Run, Tokenizer, atomic, build, main, pick_device, plot_loss, progress
 
 HERE = Path(__file__).resolve().parent
 # What a preset changes in TransformerConfig and TrainConfig. tiny takes 2 minutes on 2 cores; the
@@ -80,6 +81,16 @@ class CheckpointOptions:
     store: str = str(OUT / "05_scaling" / "latest" / "checkpoints")  # directory or s3:// prefix
     download: int | None = None  # step to fetch into --to; -1: the newest
     to: str = "checkpoint"  # where to
+
+
+@dataclass
+class SweepOptions:
+    shapes: str = "32x2,64x3,96x3,128x4"  # d_model x n_layers of each size
+    rates: str = "0.0035,0.007,0.014"  # learning rates tried for each; the best counts
+    budgets: str = "131072,262144,524288,1048576"  # tokens to train each on
+    context: int = 128  # of all, tokens
+    step: int = 2048  # tokens per step
+    sweep_seed: int = 1  # of weights and batches
 
 
 @dataclass
@@ -407,6 +418,49 @@ def check(config, training):
     )
 
 
+def run_sweep(given):
+    """train several sizes, learning rates and budgets; fit the scaling law to them"""
+    options, how = build(Options, given), build(SweepOptions, given)
+    try:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in how.shapes.split(",")]
+        rates, budgets = ([float(x) for x in y.split(",")] for y in (how.rates, how.budgets))
+        assert min(map(len, shapes)) == max(map(len, shapes)) == 2 and min(rates + budgets) > 0
+    except (ValueError, AssertionError):
+        raise ValueError(
+            "--shapes is like 64x3,128x4, --rates like 0.005,0.01, --budgets like 100000,200000"
+        ) from None
+    newest = OUT / "01_tokenizer" / "latest"
+    directory = options.tokenizer or (newest if (newest / "tokenizer.json").exists() else None)
+    tokenizer = Tokenizer(directory)
+    home = options.tokens or shards.tokenize(options.data, tokenizer, sha256=options.sha256)
+    tokens, meta = shards.open_shards(home, tokenizer, options.skip_corrupt)
+    val_tokens, out = np.concatenate(tokens["val"]), OUT / "05_scaling" / "sweep"
+    out.mkdir(parents=True, exist_ok=True)
+    base = dict(text=Path(home).name, context_length=how.context, tokens_per_step=how.step)
+    base |= dict(seed=how.sweep_seed, optimizer="muon", schedule="wsd", compile=False)
+    where = out / "runs.jsonl"
+    print(f"{len(shapes) * len(rates) * len(budgets)} runs; those in {where} are not done again")
+    args = (shapes, rates, budgets, base, tokens["train"], val_tokens, tokenizer.vocab_size, where)
+    rows = sweep.sweep(*args, say=lambda text: print(text, flush=True))
+    points = sweep.best(rows)
+    print(
+        "\n| N | D | best learning rate | nats per token | bits per byte |\n" + "| --- " * 5 + "|"
+    )
+    bits = len(val_tokens) / meta["bytes"]["val"] / math.log(2)
+    for r in points:
+        cells = f"{r['N']:,} | {r['D']:,} | {r['key']['max_lr']:g} | {r['loss']:.4f}"
+        print(f"| {cells} | {r['loss'] * bits:.4f} |")
+    law = sweep.fit(*([r[k] for r in points] for k in ("N", "D", "loss")))
+    terms = ", ".join(f"{k} = {law[k][0]:.4g} ± {law[k][1]:.2g}" for k in "EABab")
+    share, error = law["split"]
+    print(f"\nL(N, D) = E + A / N^a + B / D^b: {terms}; residuals {law['rms']:.4f} nats")
+    print(f"best split of a budget C: N grows with C^{share:.2f} ± {error:.2f}")
+    sweep.plot(rows, law, out / "sweep.png")
+    with atomic(out / "law.json", "w") as file:
+        json.dump(law, file, indent=1)
+    print(f"runs, law.json and sweep.png are in {out}")
+
+
 def checkpoints(given):
     """list the checkpoints of a store, or download one"""
     o = build(CheckpointOptions, given)
@@ -431,5 +485,6 @@ if __name__ == "__main__":
             "tokenize": (tokenize, Options, TokenizeOptions),
             "plan": (plan, PlanOptions, *models),
             "checkpoints": (checkpoints, CheckpointOptions),
+            "sweep": (run_sweep, Options, SweepOptions),
         }
     )

@@ -2,22 +2,21 @@
 
 What this stage teaches: what a training run of a week needs beside a loop. Precision chosen by the
 hardware; memory saved in four ways (accumulation, checkpointed activations, a loss that never holds
-all logits, optimizer states in bfloat16); optimizers for matrices; tokens read from many shards in
-an order that any number of ranks agrees on; checkpoints that survive a kill, locally or on S3; and
-several GPUs through PyTorch's own DDP and FSDP2. The model is the parent's, without what only
-generation needs.
+all logits, optimizer states in bfloat16); optimizers for matrices; tokens from many shards in an
+order that any number of ranks agrees on; checkpoints that survive a kill, locally or on S3; several
+GPUs through PyTorch's DDP and FSDP2. The model is the parent's, less what only generation needs.
 
 Parent: 04_modern/modern.py (Linear, Embedding, RMSNorm, apply_rope, SwiGLU, TransformerConfig,
     rope_frequencies, Attention, Block, TransformerLM, AdamW, lr_schedule, clip_gradients, evaluate,
-    compiled, TrainConfig, next_probs, sample_next)
-New: document_mask, LinearCrossEntropy, local, Muon, orthogonalise, GaLore, TokenLoader, Trainer,
-    stochastic_round, choose_precision, hf_config, hf_parts
+    compiled, TrainConfig)
+New: document_mask, LinearCrossEntropy, local, stochastic_round, adam_update, orthogonalise, Muon,
+    GaLore, TokenLoader, choose_precision, Trainer
 Changed: TransformerConfig, rope_frequencies, Attention, Block, TransformerLM, AdamW, lr_schedule,
     clip_gradients, TrainConfig
 
-Read in this order: TransformerLM.run and LinearCrossEntropy; AdamW, Muon, GaLore; TokenLoader;
-Trainer.step, then the rest of Trainer. Beside it: store.py keeps checkpoints, shards.py turns text
-into tokens, planner.py says on paper what a run will need.
+Read in this order: TransformerLM.hidden, LinearCrossEntropy; AdamW, Muon, GaLore; TokenLoader;
+Trainer.train_step, then the rest of Trainer. Beside it: store.py keeps checkpoints, shards.py turns
+text into tokens, planner.py says on paper what a run will need.
 
 Papers
 - Mixed precision and loss scaling: Micikevicius et al. 2017, arXiv 1710.03740
@@ -32,7 +31,6 @@ Shapes: B batch, T time (tokens), C = d_model, H heads, K heads of keys and valu
 vocab.
 """
 
-import json
 import math
 import queue
 import shutil
@@ -52,7 +50,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tracking
-from store import CheckpointStore  # noqa: F401, kept in a file of its own
+from planner import plan  # noqa: F401, in a file of its own, as is the next
+from store import CheckpointStore  # noqa: F401
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -61,6 +60,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # as a target: not predicted, counts nowhere
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp's, in a single process
 
 # ---- the model
 
@@ -247,7 +247,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         w, count = weight.to(dtype), (targets != IGNORE).sum().clamp(min=1)
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         dx = torch.empty_like(x) if wanted else None
-        dw = torch.zeros_like(weight) if wanted else None
+        dw = torch.zeros_like(weight, dtype=total.dtype) if wanted else None
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk):
                 rows, part = slice(start, start + chunk), x[start : start + chunk].to(dtype)
@@ -262,23 +262,23 @@ class LinearCrossEntropy(torch.autograd.Function):
                     dx[rows] = probs @ w
                     dw += probs.T @ part
         ctx.save_for_backward(dx, dw, count)
+        ctx.dtype = weight.dtype
         return total / count
 
     @staticmethod
     def backward(ctx, gradient):
         dx, dw, count = ctx.saved_tensors
         scale = gradient / count  # only now: in float16 a small share of 1 / N would be lost
-        return dx * scale, dw * scale, None, None
+        return dx * scale, (dw * scale).to(ctx.dtype), None, None
 
 
 class TransformerLM(nn.Module):
     """`model(ids)`: logits (B, T, V). `model(ids, targets)`: the mean loss in nats, a scalar.
 
-    ids and targets: int64 (B, T) with T up to context_length; a target IGNORE is not counted. mask:
-    bool (B, 1, T, T), as from document_mask; None is causal. `checkpointing` keeps of each block
-    only its input and computes the rest again in the backward pass; `loss_chunk` is the number of
-    tokens whose logits are held at once. `tokenizer_files`, {name: text}, are written beside the
-    weights by save_pretrained."""
+    ids and targets: int64 (B, T), T up to context_length; a target IGNORE is not counted. mask:
+    bool (B, 1, T, T), as from document_mask; None is causal. `checkpointing` keeps only the input
+    of each block and computes the rest again in the backward pass; logits are held of `loss_chunk`
+    tokens at once. save_pretrained writes `tokenizer_files`, {name: text}, beside the weights."""
 
     def __init__(self, config, checkpointing=False, loss_chunk=2048):
         super().__init__()
@@ -293,18 +293,13 @@ class TransformerLM(nn.Module):
         if config.tie_embeddings:
             self.output.weight = self.token_embedding.weight
 
-    def rope(self, positions):
-        """cos and sin for apply_rope, float32 (1, 1, T, D), at positions (T,)."""
-        angles = positions[None, None, :, None] * self.frequencies  # (1, 1, T, D/2)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
     def hidden(self, ids, mask=None):
         """What the output layer sees: (B, T) to (B, T, C)."""
         T = ids.shape[1]
         if T > self.config.context_length:
             raise ValueError(f"{T} tokens do not fit into {self.config.context_length}: crop them")
-        cos, sin = self.rope(torch.arange(T, device=ids.device))
+        angles = torch.arange(T, device=ids.device)[:, None] * self.frequencies  # (T, D/2)
+        cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([-angles, angles], -1).sin()
         x = self.dropout(self.token_embedding(ids))  # (B, T, C)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -320,21 +315,17 @@ class TransformerLM(nn.Module):
         x = x.flatten(0, 1)  # (B T, C)
         return LinearCrossEntropy.apply(x, self.output.weight, targets.flatten(), self.loss_chunk)
 
-    def matrix_parameters(self):
-        """Number of parameters in matrix products: the output layer counts, look-ups do not."""
-        blocks = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
-        return blocks + self.output.weight.numel()
-
     def flops_per_token(self):
-        """Forward and backward pass at full context (Chowdhery et al. 2022); what checkpointing
-        computes twice does not count."""
-        c = self.config
-        return 6 * self.matrix_parameters() + 12 * c.n_layers * c.d_model * c.context_length
+        """Forward and backward pass at full context (Chowdhery et al. 2022); look-ups and what
+        checkpointing computes twice do not count."""
+        c, n = self.config, sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        products = 6 * (n + self.output.weight.numel())
+        return products + 12 * c.n_layers * c.d_model * c.context_length
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
-        """A llama or qwen3 directory as save_pretrained writes it. ValueError where it is another,
-        or a file or tensor is missing or misshapen."""
+        """A directory as save_pretrained writes it. ValueError where it is another, or a file or
+        tensor is missing or misshapen."""
         fields, tensors = layout.read(Path(path))
         config = TransformerConfig(**fields)
         with torch.device("meta"):  # nothing is drawn that would be overwritten
@@ -348,8 +339,8 @@ class TransformerLM(nn.Module):
         return model.to(device)
 
     def save_pretrained(self, path):
-        """Write config.json, model.safetensors (float32) and the tokenizer, if it is known, from
-        which `transformers` gives these logits. Each file appears whole or not at all. With sharded
+        """Write config.json, model.safetensors (float32) and the tokenizer, if it is known, as
+        `transformers` reads them (llama or qwen3), each file whole or not at all. With sharded
         parameters every rank calls it and the first one writes."""
         named = self.named_parameters()
         whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named}
@@ -412,7 +403,8 @@ class AdamW(torch.optim.Optimizer):
             self.state[p] = dict(step=0, m=m, v=v)
 
     def update(self, p, group):
-        self.adam(local(p), local(p.grad), self.state[p], group, p.ndim >= 2)
+        if "v" in self.state[p]:  # else it is a matrix of Muon
+            self.adam(local(p), local(p.grad), self.state[p], group, p.ndim >= 2)
 
     def adam(self, p, grad, state, group, decays):
         t, (beta1, beta2) = state["step"], group["betas"]
@@ -449,8 +441,7 @@ class Muon(AdamW):
     A group of params with adam=True is AdamW's: embedding and output layer; one with `parts`, row
     counts, holds matrices that are several under one another. A step is an orthogonal matrix times
     0.2 sqrt(max(rows, columns)), as large as one of AdamW: both share one learning rate (Liu et al.
-    2025). Matrices of one shape go together, in a third of the time on 2 cores; a sharded one is
-    gathered for it."""
+    2025). Matrices of one shape go together, which is faster; a sharded one is gathered."""
 
     together = 2**24  # numbers in the matrices that are orthogonalised at once
 
@@ -463,10 +454,6 @@ class Muon(AdamW):
             super().init(p, group)
         elif not self.state[p]:
             self.state[p] = dict(step=0, m=torch.zeros_like(p, dtype=self.state_dtype))
-
-    def update(self, p, group):
-        if "v" in self.state[p]:
-            super().update(p, group)
 
     @torch.no_grad()
     def step(self):
@@ -484,14 +471,14 @@ class Muon(AdamW):
     def muon(self, params, group):
         lr, ahead = group["lr"], []
         for p in params:
-            m = self.state[p]["m"]
-            m.mul_(self.momentum).add_(p.grad.type_as(m))
+            m = self.state[p]["m"].mul_(self.momentum)
+            m.add_(p.grad.type_as(m))
             nesterov = p.grad + self.momentum * m
             ahead.append(nesterov.full_tensor() if isinstance(p, DTensor) else nesterov)
         ahead, steps = torch.stack(ahead), []  # (n, rows, columns)
         for part in ahead.split(group.get("parts") or ahead.shape[1], dim=1):
             steps.append(orthogonalise(part) * (0.2 * math.sqrt(max(part.shape[1:]))))
-        for p, step in zip(params, torch.cat(steps, dim=1).type_as(p)):
+        for p, step in zip(params, torch.cat(steps, dim=1)):
             if isinstance(p, DTensor):
                 whole = DTensor.from_local(step, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
                 step = whole.redistribute(placements=p.placements).to_local()
@@ -533,9 +520,7 @@ class GaLore(AdamW):
         p.add_(step.mT if tall else step, alpha=lr * self.scale)
 
 
-def lr_schedule(
-    step, max_lr, min_lr, warmup_steps, total_steps, kind="cosine", decay_share=0.3
-):  # fmt: skip
+def lr_schedule(step, max_lr, min_lr, warmup_steps, total_steps, kind="cosine", decay_share=0.4):
     """Learning rate: up in a line to max_lr at warmup_steps, then down to min_lr at total_steps.
 
     cosine: along half a cosine; linear: along a line; wsd: max_lr until decay_share of all steps is
@@ -586,16 +571,15 @@ class TokenLoader:
         ahead=4,
     ):  # fmt: skip
         if batch_size < 1 or batch_size % world:
+            fix = f"make tokens_per_step a multiple of {world} x {context_length}"
             raise ValueError(
-                f"a batch of {batch_size} sequences cannot be split over {world} ranks: make "
-                f"tokens_per_step a multiple of {world} x {context_length}"
+                f"a batch of {batch_size} sequences cannot be split over {world} ranks: {fix}"
             )
         self.shards = [shard for shard in shards if len(shard) > context_length]
         if not self.shards:
-            longest = max(map(len, shards), default=0)
             raise ValueError(
-                f"the longest shard has {longest} tokens: context_length {context_length} needs "
-                "one more than that; take more text or a shorter context"
+                f"the longest shard has {max(map(len, shards), default=0)} tokens, context_length "
+                f"{context_length} needs one more than that: take more text or a shorter context"
             )
         self.T, self.batch_size, self.seed, self.eot = context_length, batch_size, seed, eot
         self.rank, self.world, self.device, self.ahead = rank, world, torch.device(device), ahead
@@ -722,15 +706,11 @@ class TrainConfig:
         for name in "steps tokens_per_step eval_every eval_tokens patience loss_chunk".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name, known in (
-            ("precision", "auto fp32 tf32 bf16 fp16"),
-            ("optimizer", "adamw muon galore"),
-            ("state_dtype", "float32 bfloat16"),
-            ("schedule", "cosine linear wsd"),
-            ("parallel", "ddp fsdp"),
-        ):
-            if getattr(self, name) not in known.split():
-                raise ValueError(f"{name} {getattr(self, name)} is none of {known}")
+        known = dict(precision="auto fp32 tf32 bf16 fp16", optimizer="adamw muon galore")
+        known |= dict(state_dtype="float32 bfloat16", schedule="cosine linear wsd")
+        for name, values in (known | dict(parallel="ddp fsdp")).items():
+            if getattr(self, name) not in values.split():
+                raise ValueError(f"{name} {getattr(self, name)} is none of {values}")
         if self.parallel == "fsdp" and (self.precision == "fp16" or self.optimizer == "galore"):
             raise ValueError("fsdp goes with neither fp16 nor galore: take bf16, adamw or muon")
 
@@ -750,14 +730,10 @@ def choose_precision(name, device):
     6e-5, so that its loss must be scaled. ValueError for bf16 on a GPU that has none."""
     cuda = device.type == "cuda"
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    why = "asked for"
-    if name == "auto":
-        name = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
-        why = {
-            "bf16": "this GPU has it, and it needs no scaling",
-            "fp16": "this GPU has no bfloat16; the loss is scaled",
-            "fp32": "on a CPU it is the fastest",
-        }[name]
+    why = dict(bf16="this GPU has it, and it needs no scaling", fp32="on a CPU it is the fastest")
+    why |= dict(fp16="this GPU has no bfloat16; the loss is scaled")
+    best = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
+    name, why = (best, why[best]) if name == "auto" else (name, "asked for")
     if name == "bf16" and cuda and not has_bf16:
         raise ValueError("this GPU has no bfloat16: take --precision fp16")
     if cuda:
@@ -769,20 +745,18 @@ class Trainer:
     """Trains `model` in place on the batches of `loader`; fit() does all of it.
 
     val_tokens: 1-D integer array. run: has `dir` and `log(**metrics)`, as common.Run; the model of
-    the lowest validation loss is written there as save_pretrained writes it. store: a
-    CheckpointStore, whose newest checkpoint, of any number of ranks, is gone on from; only the
-    first rank has one, or, on S3 and without a shared disk, the first of each node. hooks:
-    val_bytes, the size of the held-out text, for bits per byte; peak_flops, of all ranks' devices,
-    for MFU; on_step(metrics), called on the first rank.
-
-    With torch.distributed initialised each rank makes one, with its own device and loader. Raises
+    the lowest validation loss is saved there. store: a CheckpointStore, whose newest checkpoint, of
+    any number of ranks, is gone on from; only the first rank has one, or, on S3 and without a
+    shared disk, the first of each node. hooks: val_bytes, the size of the held-out text, for bits
+    per byte; peak_flops, of all ranks' devices, for MFU; on_step(metrics), on the first rank. With
+    torch.distributed initialised each rank makes one, with its own device and loader. Raises
     ValueError where the checkpoint is of another architecture or optimizer."""
 
     def __init__(self, model, loader, val_tokens, config, run, store, device="cpu", **hooks):
         self.config, self.loader, self.val_tokens = config, loader, val_tokens
         self.run, self.store, self.hooks, self.device = run, store, hooks, torch.device(device)
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        several = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.rows, self.T = loader.batch_size // self.world, loader.T
         self.micro = min(config.micro_batch or self.rows, self.rows)
         self.dtype, self.precision = choose_precision(config.precision, self.device)
@@ -792,20 +766,19 @@ class Trainer:
         compile = self.device.type == "cuda" if config.compile is None else config.compile
         if sharded:
             self.shard(compile)
-        elif compile or self.world > 1:
+        else:
             self.forward = compiled(model, compile)
             if self.world > 1:
-                self.forward = DistributedDataParallel(self.forward)
-        self.autocast = partial(
-            torch.autocast, self.device.type, self.dtype, cache_enabled=False,
-            enabled=self.dtype != torch.float32 and not sharded,
-        )  # fmt: skip
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, init_scale=2.0**14, enabled=self.dtype == torch.float16
-        )
+                self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
+        kind, narrow = self.device.type, self.dtype != torch.float32 and not sharded
+        self.autocast = partial(torch.autocast, kind, self.dtype, narrow, cache_enabled=False)
+        self.scaler = torch.amp.GradScaler(kind, 2.0**14, enabled=self.dtype == torch.float16)
         # Now: after an evaluation FSDP's model has gathered parameters under these names.
         self.names = {p: name for name, p in model.named_parameters()}
         self.optimizer = self.make_optimizer(compile)
+        # What a checkpoint must share with the run that goes on from it.
+        self.identity = dict(optimizer=config.optimizer, state_dtype=config.state_dtype)
+        self.identity |= asdict(model.config)
         self.step, self.saved, self.seconds, self.signals = 0, 0, 0.0, []
         self.best, self.since_best = math.inf, 0
         self.load()
@@ -823,10 +796,9 @@ class Trainer:
         fully_shard(self.model, mp_policy=policy)
 
     def make_optimizer(self, compile):
-        c, groups = self.config, {}
+        c, shape, groups = self.config, self.model.config, {}
+        heads = [n * shape.head_dim for n in (shape.n_heads, *2 * [shape.n_kv_heads])]
         for name, p in self.model.named_parameters():
-            shape = self.model.config
-            heads = [n * shape.head_dim for n in (shape.n_heads, *2 * [shape.n_kv_heads])]
             parts = heads if "qkv" in name else 2 * [shape.d_ff] if "gate_up" in name else None
             key = "adam" if "blocks" not in name or p.ndim < 2 else str(parts)
             group = groups.setdefault(key, dict(params=[], adam=key == "adam", parts=parts))
@@ -839,20 +811,18 @@ class Trainer:
             return GaLore(groups.values(), c.max_lr, c.galore_rank, **settings)
         return AdamW(groups.values(), c.max_lr, **settings)
 
-    # -- one step
-
     def train_step(self):
         """One optimizer step; returns its loss, gradient norm and learning rate.
 
         Each micro-batch counts by its share of the targets of all ranks, as if it were one batch:
         an average of averages would have another gradient where documents end."""
-        ids, targets = next(self.loader)
+        c, (ids, targets) = self.config, next(self.loader)
         chunks = list(zip(ids.split(self.micro), targets.split(self.micro)))
         counts = torch.stack([(t != IGNORE).sum() for _, t in chunks]).float()
         total = self.sum_ranks(counts.sum())
         loss = torch.zeros((), device=self.device)
         for i, (ids, targets) in enumerate(chunks):
-            mask = document_mask(ids, self.loader.eot) if self.config.whole_documents else None
+            mask = document_mask(ids, self.loader.eot) if c.whole_documents else None
             last = i + 1 == len(chunks)  # gradients travel once a step, with the last micro-batch
             if isinstance(self.forward, FSDPModule):
                 self.forward.set_requires_gradient_sync(last)
@@ -863,25 +833,20 @@ class Trainer:
                 self.scaler.scale(part * self.world).backward()  # ranks average their gradients
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)  # clipping before would clip the scaled gradient
-        norm = clip_gradients(self.model.parameters(), self.config.max_norm)
+        norm = clip_gradients(self.model.parameters(), c.max_norm)
         loss, norm = self.sum_ranks(loss).item(), norm.item()
         overflowed = self.scaler.is_enabled() and not math.isfinite(norm)  # halves the scale
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflowed):
             raise ValueError(
-                f"step {self.step + 1}: the loss is {loss}, the gradient norm {norm}: stopped; "
-                f"checkpoint {self.saved} is the last good one; lower --max_lr or look at the text "
-                "around there"
+                f"step {self.step + 1}: the loss is {loss}, the gradient norm {norm}: stopped; the "
+                f"last good checkpoint is {self.saved}; lower --max_lr or look at the text there"
             )
-        c = self.config
         if c.layer_norms and (self.step + 1) % c.layer_norms == 0:
             with self.autocast():
-                row = dict(step=self.step + 1) | tracking.layer_norms(self.model, ids)
-            if self.rank == 0:
-                with open(self.run.dir / "layers.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-        lr = lr_schedule(
-            self.step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps, c.schedule, c.decay_share
-        )
+                path = self.run.dir / "layers.jsonl" if self.rank == 0 else None
+                tracking.layer_norms(self.model, ids, self.step + 1, path)
+        shape = (c.warmup_steps, c.steps, c.schedule, c.decay_share)
+        lr = lr_schedule(self.step + 1, c.max_lr, c.min_lr, *shape)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
@@ -895,8 +860,6 @@ class Trainer:
             dist.all_reduce(x)
         return x
 
-    # -- the run
-
     def fit(self):
         """Train to the end; returns the last line of metrics. Ctrl-C and SIGTERM (of a spot machine
         that is taken away) save, then exit with 130 and 0; a second one ends at once.
@@ -904,31 +867,26 @@ class Trainer:
         Raises ValueError on a loss that is not finite, with the last checkpoint kept."""
         c, line = self.config, {}
         before = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        size, trace = max(1, 16384 // self.T), tracking.Trace()
+        size, peak = max(1, 16384 // self.T), self.hooks.get("peak_flops", math.inf)
         bits = len(self.val_tokens) / self.hooks.get("val_bytes", math.inf) / math.log(2)
-        writers, settings = [], asdict(c) | asdict(self.model.config)
+        trace = tracking.Trace(c.profile, self.run.dir / "trace.json", self.device)
         if self.rank == 0:
-            writers = tracking.writers(self.run.dir, settings, c.tensorboard, c.wandb)
+            writers = tracking.writers(self.run, c, self.model.config, self.hooks.get("on_step"))
         start = time.perf_counter() - self.seconds
         self.model.train()
         while self.step < c.steps and self.since_best < c.patience and not self.stopping():
             began = time.perf_counter()
-            if c.profile and self.step == c.profile:
-                trace.begin()
-            if c.profile and self.step == c.profile + 3:
-                trace.end(self.run.dir / "trace.json", self.device)
-            line = self.train_step()
+            trace.before(self.step)
+            done = self.train_step()
             tokens = self.loader.batch_size * self.T
             rate = tokens / (time.perf_counter() - began)
-            peak = self.hooks.get("peak_flops")
-            mfu = rate * self.model.flops_per_token() / peak if peak else None
-            line = dict(step=self.step, time=0.0, tokens=self.step * tokens) | line
-            line |= dict(tokens_per_s=rate, mfu=mfu, memory_gib=tracking.memory(self.device))
-            line |= dict(val_loss=None, val_bpb=None)
+            line = dict(step=self.step, time=0.0, tokens=self.step * tokens) | done
+            line |= dict(tokens_per_s=rate, mfu=rate * self.model.flops_per_token() / peak)
+            line |= dict(memory_gib=tracking.memory(self.device), val_loss=None, val_bpb=None)
             last = self.step == c.steps
             if evaluated := last or self.step % c.eval_every == 0:
+                args = (self.val_tokens, self.T, c.eval_tokens, size, self.device)
                 with self.autocast():
-                    args = (self.val_tokens, self.T, c.eval_tokens, size, self.device)
                     val_loss = evaluate(self.model, *args)
                 line |= dict(val_loss=val_loss, val_bpb=val_loss * bits)
                 self.since_best = 0 if val_loss < self.best else self.since_best + 1
@@ -936,14 +894,10 @@ class Trainer:
                     self.best = val_loss
                     self.model.save_pretrained(self.run.dir)
             self.seconds = line["time"] = round(time.perf_counter() - start, 3)
-            if self.rank == 0:
-                self.run.log(**line)
-                for write in writers:
-                    write(line)
+            for write in writers if self.rank == 0 else []:
+                write(line)
             if last or (self.step % c.save_every == 0 if c.save_every else evaluated):
                 self.save(line["val_loss"])
-            if "on_step" in self.hooks and self.rank == 0:
-                self.hooks["on_step"](line)
         self.loader.close()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -976,8 +930,6 @@ class Trainer:
             print(f"stopped after step {self.step} and saved: the same command goes on from there")
         sys.exit(130 if self.signals[0] == signal.SIGINT else 0)
 
-    # -- checkpoints
-
     def agree(self, value):
         """The first rank's value, on all ranks, which have by then come this far."""
         values = [value]
@@ -996,20 +948,14 @@ class Trainer:
                 states[names[p]] = {k: x for k, x in state if torch.is_tensor(x)}
         return dict(model={n: p.detach() for p, n in names.items()}, optimizer=states)
 
-    def identity(self):
-        """What a checkpoint must share with the run that goes on from it."""
-        kind = dict(optimizer=self.config.optimizer, state_dtype=self.config.state_dtype)
-        return asdict(self.model.config) | kind
-
     def save(self, val_loss=None):
         """Write a checkpoint and hand it to the store, which uploads it while training goes on."""
         path = self.agree(self.store.begin(self.step) if self.store else None)
-        with warnings.catch_warnings(action="ignore"):  # that this is a single process
-            dcp.save(self.tensors(), checkpoint_id=path)
+        dcp.save(self.tensors(), checkpoint_id=path)
         updates = max(s["step"] for s in self.optimizer.state.values())
         state = dict(step=self.step, updates=updates, position=self.loader.position)
         state |= dict(best=self.best, since_best=self.since_best, seconds=self.seconds)
-        state |= dict(scaler=self.scaler.state_dict(), identity=self.identity())
+        state |= dict(scaler=self.scaler.state_dict(), identity=self.identity)
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         torch.save(dict(rng=torch.get_rng_state(), cuda=cuda), path / f"rng-{self.rank}.pt")
         if self.rank == 0:
@@ -1029,12 +975,11 @@ class Trainer:
         path = self.agree(self.store.download(step) if self.store else None)
         try:
             state = torch.load(path / "state.pt", weights_only=True)
-            theirs, ours = state["identity"], self.identity()
+            theirs, ours = state["identity"], self.identity
             other = [f"{k} {theirs.get(k)} not {v}" for k, v in ours.items() if theirs.get(k) != v]
             if other:
                 raise ValueError(f"it is of another model: {', '.join(other)}")
-            with warnings.catch_warnings(action="ignore"):
-                dcp.load(self.tensors(), checkpoint_id=path)
+            dcp.load(self.tensors(), checkpoint_id=path)
             own = path / f"rng-{self.rank}.pt"  # missing where there were fewer ranks
             random = torch.load(own, weights_only=True) if own.exists() else {}
         except Exception as error:  # torch.load and dcp.load raise a dozen kinds
@@ -1053,7 +998,6 @@ class Trainer:
         self.best, self.since_best = state["best"], state["since_best"]
         self.seconds, self.loader.position = state["seconds"], state["position"]
         self.scaler.load_state_dict(state["scaler"])
-        if self.rank == 0 and not (self.run.dir / "metrics.jsonl").exists():  # on a new machine
-            self.run.dir.mkdir(parents=True, exist_ok=True)
-            if (path / "metrics.jsonl").exists():
-                shutil.copy(path / "metrics.jsonl", self.run.dir)
+        lines = path / "metrics.jsonl"
+        if self.rank == 0 and lines.exists() and not (self.run.dir / lines.name).exists():
+            shutil.copy(lines, self.run.dir)  # this is a new machine

@@ -8,16 +8,17 @@ New: everything
 
 import json
 import resource
+from dataclasses import asdict
 
 import torch
 from torch.distributed.tensor import DTensor
 
 
-def writers(directory, settings, tensorboard, wandb):
-    """Functions that take a line of metrics, for the trackers that are wanted. They import their
-    package only here, and go on where an earlier run of the directory ended."""
-    found = []
-    if tensorboard:
+def writers(run, config, model_config, on_step=None):
+    """Functions that take a line of metrics: run.log, on_step, and the trackers that `config`
+    wants, which import their package only here and go on where the run was stopped."""
+    directory, found = run.dir, [lambda line: run.log(**line)] + [on_step] * bool(on_step)
+    if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(str(directory / "tensorboard"))
@@ -29,13 +30,13 @@ def writers(directory, settings, tensorboard, wandb):
             board.flush()
 
         found.append(write)
-    if wandb:
-        import wandb as tracker
+    if config.wandb:
+        import wandb
 
-        name = directory.name
-        settings = dict(dir=directory, name=name, id=name, resume="allow", config=settings)
-        run = tracker.init(project="llm-from-nothing", **settings)
-        found.append(lambda line: run.log(line, step=line["step"]))
+        settings = dict(config=asdict(config) | asdict(model_config), dir=directory)
+        settings |= dict(name=directory.name, id=directory.name, resume="allow")
+        tracked = wandb.init(project="llm-from-nothing", **settings)
+        found.append(lambda line: tracked.log(line, step=line["step"]))
     return found
 
 
@@ -47,25 +48,29 @@ def memory(device):
 
 
 class Trace:
-    """begin(), then end(path): the steps between as a file for chrome://tracing or perfetto.dev;
-    prints the ten heaviest operators."""
+    """Of three steps after step `first`, if that is above 0: a file for chrome://tracing or
+    perfetto.dev, and the ten heaviest operators printed. before(step) is called before each."""
 
-    def begin(self):
-        self.profiler = torch.profiler.profile()
-        self.profiler.start()
+    def __init__(self, first, path, device):
+        self.first, self.path, self.device, self.profiler = first, path, device, None
 
-    def end(self, path, device):
-        self.profiler.stop()
-        self.profiler.export_chrome_trace(str(path))
-        kind = "device" if device.type == "cuda" else "cpu"
-        seen = self.profiler.key_averages()
-        print(seen.table(sort_by=f"self_{kind}_time_total", row_limit=10, max_name_column_width=40))
+    def before(self, step):
+        if self.first and step == self.first:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.profiler and step == self.first + 3:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.path))
+            kind = "device" if self.device.type == "cuda" else "cpu"
+            how = dict(sort_by=f"self_{kind}_time_total", row_limit=10, max_name_column_width=40)
+            print(self.profiler.key_averages().table(**how))
 
 
-def layer_norms(model, ids):
-    """{"gradient": {name: 2-norm}, "weight": {name: 2-norm}, "activation": [root mean square of
-    each block's output on ids, a batch]}. With sharded parameters every rank calls it."""
-    row, hooks = dict(gradient={}, weight={}, activation=[]), []
+def layer_norms(model, ids, step, path):
+    """Append to the file `path`, if that is not None: {"step", "gradient": {name: 2-norm},
+    "weight": {name: 2-norm}, "activation": [root mean square of each block's output on ids, a
+    batch]}. With sharded parameters every rank calls it."""
+    row, hooks = dict(step=step, gradient={}, weight={}, activation=[]), []
     for name, p in model.named_parameters():
         for key, x in (("gradient", p.grad), ("weight", p.detach())):
             norm = x.norm()
@@ -80,7 +85,9 @@ def layer_norms(model, ids):
         model(ids)
     for hook in hooks:
         hook.remove()
-    return row
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def plot_layers(path):
