@@ -124,8 +124,8 @@ def speed(o):
     size, seconds = o.rows * config.context_length, {}
     for compile in (False, True)[: 2 if o.compile else 1]:
         kind = ", compiled" * compile
-        settings = dict(optimizer="adamw", max_lr=1e-3, steps=10**6, compile=compile)
-        trainer = new_trainer(config, tokens, o.rows, **settings)
+        settings = dict(optimizer="adamw", max_lr=1e-3, steps=10**6, loss_chunk=512)
+        trainer = new_trainer(config, tokens, o.rows, compile=compile, **settings)
         for _ in range(o.rounds):
             times = []
             for i in range(o.speed_steps + 2):

@@ -216,11 +216,10 @@ def step_memory(c, t, device="rtx3090", world=1, micro_batch=1):
 
     chunk = min(t.loss_chunk, n)
     dx, dw = n * C * r, table * w
-    # In bfloat16 the chunk before is still there as logits and probabilities while the next is
-    # made, twice; a CPU also casts the share of dw before it can add it.
-    logits = chunk * V * (12 if n > chunk else 10 if e < 4 else 8)
-    share = chunk * V * (4 + e) + e * table + (4 * table if cast and device == "cpu" else 0)
-    loss = dx + dw + cast * table + max(logits, share)
+    # A chunk's share of dw is made, then added; a CPU casts it, and the logits, before.
+    share = e * table + (4 * table if cast and device == "cpu" else 0)
+    wide = 4 * chunk * V if e < 4 and device == "cpu" else 0
+    loss = dx + dw + cast * table + chunk * V * (4 + e) + max(share, wide)
     moments = {"loss": moment(activations=kept + common + norm + inputs, loss=loss)}
     moments["loss backward"] = moment(activations=kept + common + norm, loss=2 * (dx + dw))
     # The output layer's gradient waits for the embedding's where they share a weight.

@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 # train on one card of 24 GB.
 TINY = dict(d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, context_length=128, qk_norm=False)
 TINY |= dict(steps=850, tokens_per_step=2048, max_lr=7e-3, warmup_steps=40, eval_every=170)
-TINY |= dict(eval_tokens=20_000)
+TINY |= dict(eval_tokens=20_000, loss_chunk=512)  # 512: as much as stays in a cache
 GPT2 = dict(context_length=1024, tokens_per_step=2**19, max_lr=2e-3, warmup_steps=300)
 GPT2 |= dict(beta2=0.95, eval_every=250, eval_tokens=2**20, patience=4)
 BILLION = GPT2 | dict(d_model=2048, n_layers=20, n_heads=16, d_ff=5632, max_lr=1e-3)

@@ -248,17 +248,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         dx = torch.empty_like(x) if wanted else None
         dw = torch.zeros_like(weight, dtype=total.dtype) if wanted else None
+        # (chunk, V), the same memory for all chunks; losses in bfloat16 would lose digits.
+        logits = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
+        log_probs = torch.empty_like(logits, dtype=total.dtype)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk):
                 rows, part = slice(start, start + chunk), x[start : start + chunk].to(dtype)
                 target, kept = targets[rows].clamp(min=0)[:, None], targets[rows] != IGNORE
-                logits = (part @ w.T).to(total.dtype)  # (chunk, V); bfloat16 would lose digits
-                logs = logits.logsumexp(-1, keepdim=True)
-                total += ((logs - logits.gather(1, target))[:, 0] * kept).sum()
+                logits, log_probs = logits[: len(part)], log_probs[: len(part)]
+                torch.mm(part, w.T, out=logits)
+                torch.log_softmax(logits, -1, dtype=total.dtype, out=log_probs)
+                total -= (log_probs.gather(1, target)[:, 0] * kept).sum()
                 if wanted:  # the gradient of logits: probabilities less 1 at the target
-                    probs = (logits - logs).exp_()
-                    probs.scatter_add_(1, target, -torch.ones_like(logs)).mul_(kept[:, None])
-                    probs = probs.to(dtype)
+                    probs = log_probs.exp_()
+                    probs.scatter_add_(1, target, -torch.ones_like(target, dtype=total.dtype))
+                    probs.mul_(kept[:, None])
+                    probs = probs if probs.dtype == dtype else logits.copy_(probs)
                     dx[rows] = probs @ w
                     dw += probs.T @ part
         ctx.save_for_backward(dx, dw, count)
