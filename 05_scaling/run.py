@@ -275,7 +275,8 @@ def train(given):
             f"out of memory with {micro} sequences at once: {advice}; the last checkpoint is kept "
             f"in {options.store or run.dir}"
         ) from None
-    bar.close()
+    finally:
+        bar.close()
     if rank == 0:
         finish(run, name, options, val_tokens, meta["bytes"]["val"], device, peak, tokenizer)
     if world > 1:
@@ -466,7 +467,7 @@ def checkpoints(given):
     o = build(CheckpointOptions, given)
     if "://" not in o.store and not Path(o.store).is_dir():
         raise ValueError(f"--store {o.store}: there is no such directory")
-    store = CheckpointStore(o.store, OUT / "05_scaling" / "downloads")
+    store = CheckpointStore(o.store, OUT / "05_scaling" / "downloads", writer=False)
     if o.download is not None:
         found = store.download(None if o.download < 0 else o.download)
         shutil.copytree(found, o.to)

@@ -50,13 +50,14 @@ class CheckpointStore:
     """Keeps the last `keep_last` and the `keep_best` of lowest metric under `url`. For S3, with
     endpoint, region and credentials as boto3 finds them, they are sealed in `staging`, a directory
     of this node, and uploaded in parts of `part_bytes` by `threads` threads. One process writes to
-    a directory, others may look. ValueError if url is malformed or the bucket cannot be used."""
+    a directory; others, best with writer=False, which leaves the place free, may look. ValueError
+    if url is malformed or the bucket cannot be used."""
 
     pause = 1.0  # seconds before a second attempt; doubled before each further one
 
     def __init__(
         self, url, staging=None, keep_last=3, keep_best=1, node=0, nodes=1,
-        part_bytes=16 * 2**20, threads=4, client=None,
+        part_bytes=16 * 2**20, threads=4, client=None, writer=True,
     ):  # fmt: skip
         self.url = re.sub(r"//[^/]*@", "//", str(url)).rstrip("/")  # printed, so without a password
         s3 = re.fullmatch(r"s3://([\w.-]+)(?:/(.*))?", str(url))
@@ -75,7 +76,7 @@ class CheckpointStore:
             self.bucket, self.prefix = s3[1], f"{(s3[2] or '').strip('/')}/".lstrip("/")
             self._connect(client, part_bytes, threads)
         self.staging.mkdir(parents=True, exist_ok=True)
-        self.mine = self._lock()
+        self.mine = writer and self._lock()
         done, local = self._whole(), self._local()
         newest = max(self._complete(self.found if s3 else local), default=-1)
         if self.mine and s3:  # the newest, as it may lack just its pointer, and what is newer
@@ -385,7 +386,7 @@ class CheckpointStore:
             return folder
         if not remote:
             raise ValueError(text.format(bad, step, folder, older))
-        if not self.mine:
+        if not self.mine and not self._lock():
             raise ValueError(f"{self.staging} is {BUSY}")
         if (part := self.staging / f".{NAME(step)}.download").exists():
             self._delete(step)

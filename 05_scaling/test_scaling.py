@@ -1,8 +1,10 @@
 """The trainer against formulas, one big batch, a single process, and a kill."""
 
+import importlib
 import json
 import math
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,10 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scaling
+import shards
 import torch
 from scaling import IGNORE, AdamW, GaLore, Muon, TokenLoader, TrainConfig, Trainer, TransformerLM
 from store import CheckpointStore
 from torch.nn import functional as F
+
+import common
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -449,6 +454,17 @@ def test_tensorboard_has_the_metrics(tmp_path):
     np.testing.assert_allclose(found, losses(tmp_path), rtol=1e-5)
 
 
+def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    new_trainer(tmp_path, wandb=True).fit()
+    wandb.finish()  # as it does by itself when the process ends
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    data = path.read_bytes()
+    assert b"train_loss" in data and b"galore_rank" in data and b"d_model" in data
+
+
 # ---- several ranks, and processes that are killed
 
 CHILD = """
@@ -576,7 +592,32 @@ def test_a_kill_loses_no_more_than_the_last_steps(tmp_path, text):
     assert "saved: the same command goes on from there" in out
 
 
-@pytest.mark.skipif("IN_FORK" in os.environ, reason="tested in the original")
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """run.py with some words, in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, words)])
+        for module in (common, shards):
+            monkeypatch.setattr(module, "OUT", tmp_path / "out")
+        code = 0
+        try:
+            runpy.run_path(str(HERE / "run.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def refused(result):
+    """The one line in which a command has ended, with exit code 2."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -590,15 +631,97 @@ def test_a_kill_loses_no_more_than_the_last_steps(tmp_path, text):
         ("--context_length 100000", "take more text or a shorter context"),
     ],
 )
-def test_bad_input_ends_in_one_line(tmp_path, text, words, message):
+def test_bad_input_ends_in_one_line(command, text, words, message):
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     base = [] if "--data" in words else ["--data", text]
-    process = run_py("train", *base, *SMALL, "--steps", 3, *words.split(), out=tmp_path)
-    out, err = process.communicate()
-    lines = [line for line in err.splitlines() if line.startswith("error:")]
-    assert process.returncode == 2 and len(lines) == 1 and message in lines[0], err
-    assert "Traceback" not in err
+    assert message in refused(command("train", *base, *SMALL, "--steps", 3, *words.split()))
+
+
+def test_a_corrupt_shard_is_named_and_left_out_on_demand(command, text, tmp_path, monkeypatch):
+    home = tmp_path / "shards"
+    monkeypatch.setattr(shards, "JOB", 3000)  # characters that one worker takes
+    made = ("--to", home, "--shard_tokens", 4000, "--workers", 1)
+    code, out, _ = command("tokenize", "--data", text, *made)
+    names = sorted(p.name for p in home.glob("train-*"))
+    assert code == 0 and len(names) >= 2 and "train: " in out
+    data = bytearray((home / names[0]).read_bytes())
+    data[100] ^= 1
+    (home / names[0]).write_bytes(data)
+    train = ("train", "--tokens", home, *SMALL, "--steps", 3)
+    line = refused(command(*train))
+    assert names[0] in line and "crc32" in line and "skip" in line
+    code, out, err = command(*train, "--skip_corrupt")
+    assert code == 0, err
+    assert f"skipped 1 of {len(names) + 1} shards" in out
+
+
+def test_out_of_memory_says_what_to_lower_and_keeps_the_checkpoint(
+    command, text, tmp_path, monkeypatch
+):
+    step, train = Trainer.train_step, ("train", "--data", text, *SMALL, "--steps", 9)
+
+    def fail(trainer):
+        if trainer.step == 5:
+            torch.empty(2**60)  # more than any machine has
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    line = refused(command(*train, "--save_every", 2, "--micro_batch", 4))
+    assert "out of memory with 4 sequences at once: " in line and "--micro_batch 2 saves" in line
+    monkeypatch.undo()
+    code, out, err = command(*train, "--save_every", 2, "--micro_batch", 4)
+    assert code == 0 and "going on from step 4" in out, err
+
+
+def test_a_bucket_that_is_missing_or_closed_ends_in_one_line(command, text, monkeypatch):
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    moto = server.ThreadedMotoServer(port=0, verbose=False)
+    moto.start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*moto.get_host_and_port()))
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+        train = ("train", "--data", text, *SMALL, "--steps", 3, "--store", "s3://nowhere/run")
+        assert "s3://nowhere/run: there is no such bucket" in refused(command(*train))
+        boto3 = importlib.import_module("boto3")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="nowhere")
+        code, out, err = command(*train)
+        assert code == 0 and "checkpoints: s3://nowhere/run" in out, err
+        code, out, err = command("checkpoints", "--store", "s3://nowhere/run")
+        assert code == 0 and "step-00000003" in out, err
+        assert "no such bucket" in refused(command("checkpoints", "--store", "s3://other"))
+        assert "give another --store" in refused(command(*train, "--fresh"))
+    finally:
+        moto.stop()
+
+
+def test_a_run_ends_with_its_plots_and_a_finished_one_is_not_repeated(command, text, tmp_path):
+    train = ("train", "--data", text, *SMALL, "--steps", 40, "--layer_norms", 10)
+    code, out, err = command(*train)
+    assert code == 0, err
+    said = "precision: fp32, on a CPU it is the fastest", "4 sequences of 16 x 1 accumulated"
+    for words in (*said, "memory on paper", "--- sample 3", "bits per byte"):
+        assert words in out, words
+    home = tmp_path / "out" / "05_scaling" / "latest"
+    for name in "loss.png layers.png metrics.jsonl model.safetensors".split():
+        assert (home / name).stat().st_size > 500, name
+    assert "is finished" in command(*train)[1]
+    code, out, _ = command("sample", "--model", home, "--max_new_tokens", 5)
+    assert code == 0
+    code, out, _ = command("checkpoints", "--store", home / "checkpoints")
+    assert "step-00000040" in out and "held out" in out
+    to = tmp_path / "fetched"
+    command("checkpoints", "--store", home / "checkpoints", "--download", -1, "--to", to)
+    assert (to / "state.pt").exists()
+
+
+def test_a_sweep_by_command(command, text, tmp_path):
+    words = "--shapes 32x1,64x1,64x2 --rates 0.01 --budgets 256,512,1024 --context 16 --step 64"
+    code, out, err = command("sweep", "--data", text, *words.split())
+    assert code == 0 and "9/9" in out and "L(N, D) = E + A / N^a + B / D^b: E = " in out, err
+    assert (tmp_path / "out/05_scaling/sweep/sweep.png").stat().st_size > 1000
+    assert "like 64x3,128x4" in refused(command("sweep", "--shapes", "64"))
 
 
 @pytest.mark.skipif("IN_FORK" in os.environ, reason="tested in the original")

@@ -525,6 +525,20 @@ def test_no_bucket_credentials_or_endpoint(new, s3, monkeypatch, tmp_path):
         new()
 
 
+@pytest.mark.parametrize("writer", [False, True])
+def test_only_a_writer_locks_others_out(writer, tmp_path):
+    store = CheckpointStore(tmp_path, writer=writer)
+    here = Path(module.__file__).resolve().parent
+    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+    code += f"from store import CheckpointStore as C; C({str(tmp_path)!r}).begin(1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ("in use by another process" in done.stderr) == writer
+    assert (done.returncode == 0) != writer
+    if not writer:
+        with pytest.raises(ValueError, match="in use by another process or read-only"):
+            store.begin(2)
+
+
 def test_commit_wants_a_begin_and_names_of_its_own(tmp_path):
     store = CheckpointStore(tmp_path)
     with pytest.raises(ValueError, match=r"begin\(3\)"):
