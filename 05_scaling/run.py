@@ -86,7 +86,7 @@ class CheckpointOptions:
 @dataclass
 class SweepOptions:
     shapes: str = "32x2,64x3,96x3,128x4"  # d_model x n_layers of each size
-    rates: str = "0.0035,0.007,0.014"  # learning rates tried for each; the best counts
+    rates: str = "0.007,0.014,0.028"  # learning rates tried for each; the best counts
     budgets: str = "131072,262144,524288,1048576"  # tokens to train each on
     context: int = 128  # of all, tokens
     step: int = 2048  # tokens per step

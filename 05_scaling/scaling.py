@@ -25,7 +25,6 @@ Papers
 - GaLore: Zhao et al. 2024, arXiv 2403.03507
 - Warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395
 - Sharded states: Rajbhandari et al. 2019 (ZeRO), arXiv 1910.02054; Zhao et al. 2023, 2304.11277
-- Tokens for a model's size: Hoffmann et al. 2022, arXiv 2203.15556
 
 Shapes: B batch, T time (tokens), C = d_model, H heads, K heads of keys and values, D = head dim, V
 vocab.
@@ -222,9 +221,8 @@ class Block(nn.Module):
 
 def document_mask(ids, eot):
     """Which tokens each token sees when a row holds several documents, each ended by `eot`: those
-    before it in its own document. ids (B, T) to bool (B, 1, T, T), True where seen.
-
-    Rotary positions need no reset: they act only by how far apart two tokens are."""
+    before it in its own document. ids (B, T) to bool (B, 1, T, T), True where seen. Rotary
+    positions need no reset: they act only by how far apart two tokens are."""
     ends = ids == eot
     document = ends.cumsum(1) - ends.long()  # the end belongs to the document that it ends
     same = document[:, None, :, None] == document[:, None, None, :]
@@ -232,12 +230,11 @@ def document_mask(ids, eot):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x Wᵀ in nats that never holds all logits (N, V).
+    """Mean cross-entropy of x Wᵀ in nats that never holds all logits (N, V): those of `chunk`
+    tokens at a time become loss and gradients at once, so that nothing is kept for the backward
+    pass but these, (N, C) and (V, C), and nothing is computed twice.
 
-    x (N, C), weight (V, C), targets int64 (N,), where IGNORE counts as no token. The logits of
-    `chunk` tokens at a time become loss and gradients at once, so that nothing is kept for the
-    backward pass but those gradients: (N, C) and (V, C) in place of (N, V), and nothing is computed
-    twice."""
+    x (N, C), weight (V, C), targets int64 (N,), where IGNORE counts as no token."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):
@@ -379,10 +376,9 @@ def adam_update(p, grad, m, v, lr, decay, beta1, beta2, eps, root, bias):
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay, on matrices only (Loshchilov and Hutter 2017).
-
-    m and v are kept in state_dtype; in bfloat16 they are 4 bytes a parameter less. compile makes
-    adam_update one kernel. The base class gives zero_grad, param_groups and state_dict."""
+    """Adam with decoupled weight decay, on matrices only (Loshchilov and Hutter 2017). m and v are
+    kept in state_dtype; compile makes adam_update one kernel. The base class gives zero_grad,
+    param_groups and state_dict."""
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
@@ -492,9 +488,8 @@ class Muon(AdamW):
 
 class GaLore(AdamW):
     """AdamW in `rank` dimensions: each matrix's gradient is projected on its leading singular
-    vectors, found anew every `refresh` steps, so that m and v are small (Zhao et al. 2024).
-
-    Groups with adam=True, vectors, and matrices no larger than rank are AdamW's."""
+    vectors, found anew every `refresh` steps, so that m and v are small (Zhao et al. 2024). Groups
+    with adam=True, vectors, and matrices no larger than rank are AdamW's."""
 
     def __init__(self, params, lr=1e-3, rank=128, refresh=200, scale=0.25, **settings):
         super().__init__(params, lr, **settings)
@@ -567,9 +562,8 @@ class TokenLoader:
     further on; with `eot`, what follows an end of text is not predicted (IGNORE). An epoch has each
     window once, in a new order and from a new offset; ranks take every world-th one. A thread keeps
     `ahead` batches ready. `position`, the number of windows used so far, is all its state: set it
-    before the first batch, or after close(), to go on from there with any number of ranks.
-
-    Raises ValueError where no shard holds a window, or batch_size is not divisible by world."""
+    before the first batch, or after close(), to go on from there with any number of ranks. Raises
+    ValueError where no shard holds a window, or batch_size is not divisible by world."""
 
     def __init__(
         self, shards, context_length, batch_size, seed=1, rank=0, world=1, device="cpu", eot=None,
@@ -817,10 +811,9 @@ class Trainer:
         return AdamW(groups.values(), c.max_lr, **settings)
 
     def train_step(self):
-        """One optimizer step; returns its loss, gradient norm and learning rate.
-
-        Each micro-batch counts by its share of the targets of all ranks, as if it were one batch:
-        an average of averages would have another gradient where documents end."""
+        """One optimizer step; returns its loss, gradient norm and learning rate. Each micro-batch
+        counts by its share of the targets of all ranks, as if it were one batch: an average of
+        averages would have another gradient where documents end."""
         c, (ids, targets) = self.config, next(self.loader)
         chunks = list(zip(ids.split(self.micro), targets.split(self.micro)))
         counts = torch.stack([(t != IGNORE).sum() for _, t in chunks]).float()
@@ -867,9 +860,8 @@ class Trainer:
 
     def fit(self):
         """Train to the end; returns the last line of metrics. Ctrl-C and SIGTERM (of a spot machine
-        that is taken away) save, then exit with 130 and 0; a second one ends at once.
-
-        Raises ValueError on a loss that is not finite, with the last checkpoint kept."""
+        that is taken away) save, then exit with 130 and 0; a second one ends at once. Raises
+        ValueError on a loss that is not finite, with the last checkpoint kept."""
         c, line = self.config, {}
         before = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         size, peak = max(1, 16384 // self.T), self.hooks.get("peak_flops", math.inf)
