@@ -25,7 +25,10 @@ from store import CheckpointStore
 
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
 moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.skipif("IN_FORK" in os.environ, reason="tested in the original"),
+]
 SECRET = "wJalrXUtnFEMI-not-to-be-printed"
 
 
@@ -753,7 +756,9 @@ class Mortal:
         return call
 
 
-@pytest.mark.parametrize("where", ["local", "local again", "s3", "s3 again"])
+@pytest.mark.parametrize(
+    "where", ["local", "local again", pytest.param("s3", marks=pytest.mark.slow), "s3 again"]
+)
 def test_killed_at_any_point_the_old_or_the_new_one_can_be_loaded(
     where, new, s3, tmp_path, monkeypatch
 ):
