@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from readme import cell
+
 from common import OUT, atomic, build, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,32 +57,17 @@ def ladder(given):
             seconds = step_seconds(train(stage, "probe", o.probe_steps, 1)[0])
             probes[stage].append(statistics.median(seconds))
     steps = {stage: round(o.seconds / statistics.mean(found)) for stage, found in probes.items()}
-    print(
-        "| stage | seed | steps | tokens | seconds | bits per byte held out |\n"
-        + "| --- " * 6
-        + "|"
-    )
+    print("| stage | seed | steps | tokens | seconds | bits per byte |\n" + "| --- " * 6 + "|")
     for seed in range(1, o.seeds + 1):
         for stage in STAGES:
             lines, result = train(stage, "ladder", steps[stage], seed)
             row = dict(stage=stage, seed=seed, steps=len(lines), tokens=lines[-1]["tokens"])
             row |= dict(seconds=round(sum(step_seconds(lines)), 1), val_bpb=result["val_bpb"])
             rows.append(row)
-            print(
-                "|",
-                " | ".join(
-                    f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x
-                    for x in row.values()
-                ),
-                "|",
-                flush=True,
-            )
+            print("| " + " | ".join(map(cell, row.values())) + " |", flush=True)
     mean = [statistics.mean(r["val_bpb"] for r in rows if r["stage"] == s) for s in STAGES]
-    print(
-        "each stage is below the one before"
-        if mean == sorted(mean, reverse=True)
-        else "NOT each stage is below the one before"
-    )
+    falls = all(a > b for a, b in zip(mean, mean[1:]))
+    print("each stage is below the one before" if falls else "NOT each is below the one before")
     with atomic(OUT / "ladder" / "ladder.json", "w") as file:
         json.dump(rows, file, indent=1)
 
