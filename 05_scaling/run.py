@@ -307,14 +307,7 @@ def finish(run, preset, options, val_tokens, val_bytes, device, peak, tokenizer)
     result |= dict(seed=json.load(open(run.dir / "run.json"))["config"]["seed"])
     run.finish(result)
     if options.record:
-        git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        machine = (
-            torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        )
-        line = dict(commit=commit, machine=machine, command=" ".join(sys.argv)) | result
-        with open(HERE / "results.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        record(result, device)
     for i in (1, 2, 3):
         print(f"--- sample {i}\n{write(model, tokenizer, chr(10), 120, 0.8, i)}")
     mfu = float(np.median([line["mfu"] for line in lines]))
@@ -336,6 +329,17 @@ def finish(run, preset, options, val_tokens, val_bytes, device, peak, tokenizer)
         f"{summary(result)}. Model, loss.png, metrics and checkpoints are in {run.dir}; next: "
         'python 05_scaling/run.py sample --prompt "ROMEO:", or --steps for more'
     )
+
+
+def record(result, device):
+    """Append a line to results.jsonl."""
+    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    cores = f"{os.cpu_count()} CPU cores"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else cores
+    line = dict(commit=commit, machine=machine, command=" ".join(sys.argv)) | result
+    with open(HERE / "results.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 @torch.inference_mode()
@@ -459,6 +463,9 @@ def run_sweep(given):
     sweep.plot(rows, law, out / "sweep.png")
     with atomic(out / "law.json", "w") as file:
         json.dump(law, file, indent=1)
+    if options.record:
+        values = {k: "{:.3g} ± {:.2g}".format(*law[k]) for k in ("E", "A", "B", "a", "b", "split")}
+        record(dict(data=options.data, runs=len(rows), **values), torch.device("cpu"))
     print(f"runs, law.json and sweep.png are in {out}")
 
 
