@@ -87,7 +87,7 @@ ladder: tokenizer ## 03, 04 and 05 trained for the same time: bits per byte
 sweep: tokenizer ## sizes, learning rates and budgets, and the scaling law fitted to them
 	$(PYTHON) 05_scaling/run.py sweep $(DATA_FLAG) $(ARGS)
 
-test: $(SETUP_DEV) ## run all tests (about 9 minutes)
+test: $(SETUP_DEV) ## run all tests (10 to 15 minutes)
 	$(PYTHON) -m pytest
 
 test-slow: $(SETUP_DEV) ## run the slow tests

@@ -216,9 +216,9 @@ def step_memory(c, t, device="rtx3090", world=1, micro_batch=1):
 
     chunk = min(t.loss_chunk, n)
     dx, dw = n * C * r, table * w
-    # A chunk's share of dw is made, then added; a CPU casts it, and the logits, before.
+    # Logits are cast before the softmax; a share of dw is made, then added, on a CPU cast before.
     share = e * table + (4 * table if cast and device == "cpu" else 0)
-    wide = 4 * chunk * V if e < 4 and device == "cpu" else 0
+    wide = 4 * chunk * V if e < 4 else 0
     loss = dx + dw + cast * table + chunk * V * (4 + e) + max(share, wide)
     moments = {"loss": moment(activations=kept + common + norm + inputs, loss=loss)}
     moments["loss backward"] = moment(activations=kept + common + norm, loss=2 * (dx + dw))
