@@ -458,6 +458,8 @@ def test_tensorboard_has_the_metrics(tmp_path):
 def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     new_trainer(tmp_path, wandb=True).fit()
     wandb.finish()  # as it does by itself when the process ends
