@@ -231,6 +231,17 @@ def test_galore_is_adam_in_the_leading_directions(shape):
     assert optimizer.state[p]["m"].shape == (3, 20)
 
 
+def test_clipping_is_torch_s():
+    for max_norm in (0.5, 1e6):  # the second leaves all as it is
+        model, other = new_model(), new_model()
+        for m in (model, other):
+            (100 * m(*batch())).backward()
+        norm = scaling.clip_gradients(model.parameters(), max_norm)
+        theirs = torch.nn.utils.clip_grad_norm_(other.parameters(), max_norm)
+        torch.testing.assert_close(norm, theirs)
+        torch.testing.assert_close(gradients(model), gradients(other))
+
+
 def test_schedules():
     def rate(step, kind):
         return scaling.lr_schedule(step, 1.0, 0.1, 10, 110, kind, 0.3)

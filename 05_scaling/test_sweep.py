@@ -26,7 +26,7 @@ def test_the_fit_finds_the_law_that_made_the_points():
 def test_error_bars_are_as_wide_as_the_values_scatter():
     random = np.random.default_rng(0)
     found = [sweep.fit(N, D, LOSS + random.normal(0, 0.01, len(N))) for _ in range(20)]
-    for name in ("E", "a", "b", "split"):
+    for name in ("E", "A", "B", "a", "b", "split"):
         values, errors = np.array([f[name] for f in found]).T
         truth = LAW.get(name, 0.4 / 0.75)
         within = (np.abs(values - truth) < 2 * errors).mean()
