@@ -1,0 +1,110 @@
+"""How the next token is drawn, and the loss: what moe.py takes from 04_modern/modern.py as it is.
+
+Parent: 04_modern/modern.py
+New: nothing
+"""
+
+import codecs
+
+import torch
+from torch.nn import functional as F
+
+
+def cross_entropy(logits, targets):
+    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets int64 (...).
+
+    log-sum-exp subtracts the largest logit first, so that nothing overflows."""
+    logits = logits.to(
+        torch.promote_types(logits.dtype, torch.float32)
+    )  # bfloat16 would lose digits
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
+    return (logits.logsumexp(-1) - chosen).mean()
+
+
+def next_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """The distribution to draw the next id from, float32 (B, V), for logits (B, V).
+
+    temperature divides the logits; 0 puts all on the likeliest id. top_k keeps the k likeliest ids,
+    min_p those with at least this share of the likeliest one's probability, top_p the fewest whose
+    probabilities reach p, counted after the other two. Raises ValueError for what none can be."""
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is below 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} is below 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is not in (0, 1]")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p {min_p} is not in [0, 1]")
+    logits = logits.float()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    probs = (logits / temperature).softmax(-1)
+    if top_k is not None and top_k < probs.shape[-1]:
+        probs = probs * (probs >= probs.topk(top_k).values[:, -1:])
+    if min_p is not None:
+        probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
+    if top_p is not None:
+        ordered, order = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # the first is always kept
+        keep = before < top_p * ordered.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered * keep)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None):
+    """Draw the next id for each row from next_probs: logits (B, V) to int64 (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = next_probs(logits, temperature, top_k, top_p, min_p)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+def pad(prompts, device="cpu"):
+    """Lists of ids to one int64 (B, T), padded on the left with their first ids so that all end
+    together, and the number of pads of each row, int64 (B,), or None where there are none.
+
+    Raises ValueError for an empty prompt."""
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt without a token: give at least one, such as the end of text")
+    T = max(map(len, prompts))
+    ids = [[row[0]] * (T - len(row)) + list(row) for row in prompts]
+    pads = torch.tensor([T - len(row) for row in prompts], device=device)
+    return torch.tensor(ids, device=device), pads if pads.any() else None
+
+
+def check_length(n_prompt, n_new, config):
+    """The tokens in all; ValueError where they do not fit into the context."""
+    if n_prompt + n_new > config.context_length:
+        raise ValueError(
+            f"{n_prompt} tokens and {n_new} new ones do not fit into a context of "
+            f"{config.context_length}: give fewer, or a RollingKVCache"
+        )
+    return n_prompt + n_new
+
+
+def stream_text(
+    model, tokenizer, ids, max_new_tokens, stop=(), stop_tokens=(), on_token=None, **settings
+):
+    """Yield the text that follows ids, a list, piece by piece; it ends before one of the strings in
+    `stop` or one of stop_tokens. No character is yielded in halves, nor the start of a stop string.
+
+    on_token(id) is called for each token drawn; `settings` are those of TransformerLM.stream."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    held = ""
+    prompt = torch.tensor([ids], device=model.token_embedding.weight.device)
+    for next_ids, _ in model.stream(prompt, max_new_tokens, **settings):
+        token = next_ids.item()
+        if on_token:
+            on_token(token)
+        if token in stop_tokens:
+            break
+        held += decoder.decode(tokenizer.tokens.get(token, b""))
+        cuts = [held.index(s) for s in stop if s in held]
+        if cuts:
+            yield held[: min(cuts)]
+            return
+        kept = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > kept:
+            yield held[: len(held) - kept]
+            held = held[len(held) - kept :]
+    yield held + decoder.decode(b"", final=True)
