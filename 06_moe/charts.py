@@ -29,7 +29,7 @@ def routing_lines(path):
 
 def summary(line):
     """A line of text for each mixture: its experts' shares of the load, and its entropy."""
-    for layer, (load, entropy) in enumerate(zip(line["load"], line["entropy"])):
+    for layer, (load, entropy) in enumerate(zip(line.get("load", []), line.get("entropy", []))):
         shares = " ".join(f"{100 * share:3.0f}" for share in load[:16])
         more = f" and {len(load) - 16} more" if len(load) > 16 else ""
         idle = sum(share == 0 for share in load)

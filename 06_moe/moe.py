@@ -68,7 +68,7 @@ class MoEConfig:
     d_expert: int | None = None  # width inside an expert; None is d_ff / top_k: as active as dense
     n_shared: int = 0  # experts beside these that all tokens use
     scoring: str = "softmax"  # how the router scores: softmax or sigmoid
-    renormalize: bool = True  # the weights of the chosen experts sum to 1
+    renormalize: bool | None = None  # weights of the chosen sum to 1; None: yes, if several are
     balance: str = "switch"  # against collapse: switch (a loss), bias (nudged, no loss) or none
     balance_weight: float = 0.01  # of the Switch loss
     bias_rate: float = 0.01  # step of the bias; DeepSeek-V3 takes 0.001 over far more steps
@@ -97,6 +97,8 @@ class MoEConfig:
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
         self.d_expert = self.d_expert or max(1, self.d_ff // self.top_k)
+        if self.renormalize is None:  # the weight of one would always be 1, and no gradient
+            self.renormalize = self.top_k > 1
         for name, known in (
             ("scoring", ("softmax", "sigmoid")),
             ("balance", ("switch", "bias", "none")),
@@ -104,6 +106,9 @@ class MoEConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.dispatch == "grouped" and (self.d_model % 8 or self.d_expert % 8):
+            widths = f"d_model {self.d_model} and d_expert {self.d_expert}"
+            raise ValueError(f"dispatch grouped: {widths} must be multiples of 8")
         if self.d_expert < 1 or self.n_shared < 0 or not 0 <= self.jitter < 1:
             raise ValueError("d_expert is at least 1, n_shared at least 0, jitter in [0, 1)")
         if self.capacity is not None and self.capacity <= 0:
@@ -383,18 +388,18 @@ class Experts(nn.Module):
         chosen experts' outputs, (N, C). The three ways give the same."""
         if self.dispatch == "loop":
             return self.loop(x, chosen, weights)
-        way = self.dispatch
-        if way == "auto":
-            way = "grouped" if x.is_cuda else "segments"
         E, flat = len(self.gate), chosen.flatten()
+        kind, way = x.device.type, self.dispatch  # autocast knows neither Segments nor grouped_mm
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if way == "auto":
+            aligned = all(n % 8 == 0 for n in self.gate.shape[1:])
+            way = "grouped" if x.is_cuda and dtype == torch.bfloat16 and aligned else "segments"
         counts = torch.bincount(flat, minlength=E + 1)[:E]
         order = flat.argsort(stable=True)  # those for no expert come last
         if way == "segments":
             counts = counts.tolist()
             order = order[: sum(counts)]
         tokens = order // chosen.shape[1]
-        kind = x.device.type  # autocast knows neither Segments nor grouped_mm
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = x.to(dtype).index_select(0, tokens)  # (S, C)
         gate, up, down = (w.to(dtype) for w in (self.gate, self.up, self.down))
         if way == "segments":
@@ -699,7 +704,7 @@ class MoETransformerLM(nn.Module):
         Raises ValueError where the model does not fit: another width asked for, weights that do not
         sum to 1, shared experts, biases."""
         own, tensors, files, token_ids = convert.read_dense(Path(path))
-        config = MoEConfig(**own | dict(d_expert=own["d_ff"]) | fields)
+        config = MoEConfig(**own | dict(moe_layers="all", d_expert=own["d_ff"]) | fields)
         tensors = convert.copy_mlps(tensors, own, config, path)
         return cls.build(config, tensors, files, token_ids, path).to(device)
 

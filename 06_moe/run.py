@@ -85,6 +85,7 @@ class MapOptions:
 
 @dataclass
 class CollapseOptions:
+    data: str = "plays"  # text: plays, a file, directory, glob or URL (.txt .md .jsonl .parquet)
     steps: int = 300  # optimizer steps of each variant
     tokens: int = 2048  # tokens in a step
     n_experts: int = 8  # experts in each layer
@@ -93,13 +94,17 @@ class CollapseOptions:
     seed: int = 1  # of weights and batches
 
 
-def start_ranks(options):
+def start_ranks(options, n_experts):
     """(rank, world, device, dtype, reason) of this process, which torchrun may have started with
     others: then experts are spread over them."""
     device, dtype, reason = pick_device(options.device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, device, dtype, reason
+    if n_experts % world:  # said before the ranks wait for one another
+        if int(os.environ["RANK"]):
+            sys.exit(2)
+        raise ValueError(f"{n_experts} experts cannot be shared out over {world} ranks evenly")
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -232,7 +237,9 @@ def make_model(options, given, preset, tokenizer):
 def train(given):
     """train a mixture, print samples, plot loss and routing, draw which expert takes what"""
     options = build(Options, given)
-    rank, world, device, dtype, reason = start_ranks(options)
+    rank, world, device, dtype, reason = start_ranks(
+        options, given.get("n_experts", moe.MoEConfig.n_experts)
+    )
     if rank:
         sys.stdout = open(os.devnull, "w")
     if options.preset not in (*PRESETS, "auto"):
@@ -353,9 +360,10 @@ def finish(run, preset, options, val_tokens, val_bytes, device, peak, tokenizer)
         tell_experts(model, tokenizer, val_tokens)
         ids = torch.from_numpy(val_tokens[: min(300, model.config.context_length)].astype(np.int64))
         charts.draw_map(model, tokenizer, ids.to(device), run.dir / "experts.png")
+    length = min(120, model.config.context_length - 1)
     for i in (1, 2, 3):
         print(f"--- sample {i}")
-        sample(dict(model=str(run.dir), device=device.type, seed=i))
+        sample(dict(model=str(run.dir), device=device.type, seed=i, max_new_tokens=length))
     mfu = float(np.median([line["mfu"] for line in lines]))
     print(
         f"---\n{mfu * peak / 1e9:,.0f} GFLOP/s, {mfu:.0%} of a plain matrix product's "
@@ -468,7 +476,7 @@ VARIANTS = dict(none="nothing", switch="Switch loss", bias="nudged bias")
 def collapse(given):
     """train without balancing, with the Switch loss and with the nudged bias; plot the loads"""
     o = build(CollapseOptions, given)
-    tokenizer, _, _, train_tokens, val_tokens, meta = open_text(build(Options, {}))
+    tokenizer, _, _, train_tokens, val_tokens, meta = open_text(build(Options, dict(data=o.data)))
     bits = len(val_tokens) / meta["bytes"]["val"] / math.log(2)
     home, rows = OUT / "06_moe" / "collapse", {}
     for balance, name in VARIANTS.items():
@@ -499,7 +507,7 @@ def collapse(given):
         lines = charts.routing_lines(out / "metrics.jsonl")
         load = np.array([line["load"] for line in lines[-50:]]).mean(0)  # (mixtures, E)
         entropy = -(load * np.log(load.clip(1e-9))).sum(1) / math.log(o.n_experts)
-        loss = training.evaluate(model, val_tokens, context) * bits
+        loss = training.evaluate(model, val_tokens, context, 100_000) * bits
         used = (load > 0.1 / o.n_experts).sum(1)  # more than a tenth of an even share
         rows[name] = dict(val_bpb=loss, used=used.tolist(), busiest=load.max(1).tolist())
         rows[name] |= dict(load_entropy=entropy.tolist())

@@ -1,7 +1,7 @@
 """How the next token is drawn, and the loss: what moe.py takes from 04_modern/modern.py as it is.
 
 Parent: 04_modern/modern.py
-New: nothing
+Changed: check_length
 """
 
 import codecs
@@ -77,7 +77,7 @@ def check_length(n_prompt, n_new, config):
     if n_prompt + n_new > config.context_length:
         raise ValueError(
             f"{n_prompt} tokens and {n_new} new ones do not fit into a context of "
-            f"{config.context_length}: give fewer, or a RollingKVCache"
+            f"{config.context_length}: give fewer"
         )
     return n_prompt + n_new
 

@@ -4,10 +4,10 @@ What it teaches: nothing about training that 05_scaling/scaling.py does not, but
 in it: a stack of matrices is orthogonalised matrix by matrix, an expert without a token rests, the
 losses and the bias of the routers, and gradients of experts that other ranks do not have.
 
-Parent: 04_modern/modern.py (AdamW, compiled); 05_scaling/scaling.py (TokenLoader, lr_schedule,
-    orthogonalise, evaluate, Muon, clip_gradients, TrainConfig)
-New: optimizers_of, Watch, save_state, load_state, train
-Changed: Muon, clip_gradients, TrainConfig
+Parent: 04_modern/modern.py (AdamW, compiled, train); 05_scaling/scaling.py (TokenLoader,
+    lr_schedule, orthogonalise, evaluate, Muon, clip_gradients, TrainConfig)
+New: optimizers_of, Watch, save_state, load_state
+Changed: Muon, clip_gradients, TrainConfig, train
 
 Read in this order: Muon, Watch, then train.
 
