@@ -60,6 +60,12 @@ sample: $(SETUP) ## print text from the newest GPT: make sample PROMPT="ROMEO:"
 05: tokenizer ## train it with Muon, shards and checkpoints that survive a kill (PRESET=gpt2-124m, STORE=s3://...)
 	$(PYTHON) 05_scaling/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(STORE),--store "$(STORE)") $(ARGS)
 
+06: tokenizer ## train a mixture of experts and show its routers (UPCYCLE=directory starts from a dense model)
+	$(PYTHON) 06_moe/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(UPCYCLE),--upcycle "$(UPCYCLE)") $(ARGS)
+
+collapse: tokenizer ## the routers of a mixture without balancing, and two cures
+	$(PYTHON) 06_moe/run.py collapse $(DATA_FLAG) $(ARGS)
+
 smollm2: $(SETUP_WEIGHTS) ## ask SmolLM2-135M-Instruct, real weights in our code: make smollm2 ASK="..."
 	@$(PYTHON) 04_modern/run.py chat --model smollm2 --ask "$(or $(ASK),Why is the sky blue?)" $(ARGS)
 
@@ -80,6 +86,9 @@ bench-04: $(SETUP_DEV) ## decoding speed of SmolLM2 against transformers, qualit
 
 bench-05: $(SETUP_DEV) ## training speed against transformers' Trainer, quality at equal time, memory, a GPU's MFU
 	$(PYTHON) 05_scaling/bench.py $(ARGS)
+
+bench-06: $(SETUP_DEV) tokenizer ## the layer's speed against transformers' Mixtral, a mixture against a dense model
+	$(PYTHON) 06_moe/bench.py $(ARGS)
 
 ladder: tokenizer ## 03, 04 and 05 trained for the same time: bits per byte
 	$(PYTHON) tests/ladder.py $(ARGS)
@@ -108,4 +117,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 ladder sweep test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 ladder sweep test test-slow lint readme copies fork

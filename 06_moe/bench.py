@@ -1,7 +1,7 @@
 """Ours against the field: the layer's speed (transformers' Mixtral block), and dense against MoE.
 
-Speed: forward and backward pass of one layer, 2,048 tokens, d 256, experts of width 512, 2 a token,
-with the same weights, in turn in one process: ours in three ways, transformers' block with its eager
+Speed: forward and backward pass of one layer, 2,048 tokens, d 256, experts of width 512, 2 a token
+and the same weights, in turn in one process: ours in three ways, transformers' block with its eager
 loop and with its grouped product, and a dense SwiGLU of as many FLOPs. Ratios are of neighbours in
 time, their median counts. On a GPU in bfloat16, too.
 

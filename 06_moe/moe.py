@@ -7,13 +7,13 @@ mixture. The model has the parameters of a large one and the cost per token of a
 
 Parent: 04_modern/modern.py; what training needs, in training.py, of 05_scaling/scaling.py
 New: Routing, Router, Segments, grouped_product, Experts, AllToAll, MoE
-Changed: TransformerConfig -> MoEConfig, rope_frequencies, Attention, Block, KVCache,
+Changed: TransformerConfig -> MoEConfig, rope_frequencies, Attention, Block,
     TransformerLM -> MoETransformerLM
 
 Read in this order: MoEConfig; Router, Experts.loop and the two faster ways; MoE, Block; then
-MoETransformerLM.hidden and auxiliary. Attention, cache and sampling are the parent's with less in
-them. Beside it, training.py trains with AdamW and Muon, convert.py reads and writes mixtral and
-qwen3_moe directories and makes a mixture of a dense model.
+MoETransformerLM.hidden and auxiliary. The rest is the parent's with less in it. Beside it,
+generation.py has the cache and the sampling of 04, training.py trains with Muon and AdamW of 05,
+convert.py reads and writes mixtral and qwen3_moe directories and makes a mixture of a dense model.
 
 Papers
 - The layer, its noise and its losses: Shazeer et al. 2017, arXiv 1701.06538
@@ -38,7 +38,7 @@ from typing import NamedTuple
 import convert
 import torch
 import torch.distributed as dist
-from sampling import check_length, cross_entropy, pad, sample_next
+from generation import KVCache, check_length, cross_entropy, pad, sample_next
 from torch import nn
 from torch.nn import functional as F
 
@@ -505,45 +505,6 @@ class Block(nn.Module):
 
 
 # ---- the model
-
-
-class KVCache:
-    """Keys and values of every layer for up to `capacity` tokens, allocated once.
-
-    `length` is the number of tokens held; setting it lower forgets the last ones. pads, int64 (B,):
-    how many of a row's first tokens are padding."""
-
-    def __init__(
-        self, config, batch_size=1, capacity=None, pads=None, device="cpu", dtype=torch.float32
-    ):
-        self.capacity, self.pads, self.length = capacity or config.context_length, pads, 0
-        shape = (batch_size, config.n_kv_heads, self.capacity, config.head_dim)
-        # Zeros, as what is left over in memory could be NaN, and 0 times NaN is not 0.
-        layers = range(config.n_layers)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-
-    def begin(self, T, device):
-        """Make room for T tokens: their positions (B or 1, T), and the mask (B or 1, 1, T, S) of
-        what they see, None where causal attention does. ValueError where they do not fit."""
-        if self.length + T > self.capacity:
-            raise ValueError(
-                f"{self.length} + {T} tokens do not fit into the cache, {self.capacity}"
-            )
-        self.start, self.length = self.length, self.length + T
-        keys = torch.arange(self.length, device=device)[None]  # (1, S)
-        keys = keys if self.pads is None else keys - self.pads[:, None]  # (B, S): pads below 0
-        positions = keys[:, self.start :]
-        if self.pads is None and T in (1, self.length):
-            return positions, None
-        q, k = positions[:, None, :, None], keys[:, None, None, :]
-        return positions, ((k >= 0) & (k <= q)) | (k == q)  # a pad sees itself: no row is empty
-
-    def update(self, layer, k, v):
-        """Store k and v (B, K, T, D) of the new tokens; returns those of all, (B, K, S, D)."""
-        self.k[layer][:, :, self.start : self.length] = k
-        self.v[layer][:, :, self.start : self.length] = v
-        return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
 
 
 class MoETransformerLM(nn.Module):

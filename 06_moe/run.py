@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the common/ besi
 
 import charts
 import convert
+import generation
 import moe
 import numpy as np
-import sampling
 import torch
 import torch.distributed as dist
 import training
@@ -419,7 +419,7 @@ def sample(given):
     o = build(SampleOptions, given)
     device, *_ = pick_device(o.device)
     settings = dict(temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, min_p=o.min_p)
-    sampling.next_probs(torch.zeros(1, 2), **settings)  # says now if one makes no sense
+    generation.next_probs(torch.zeros(1, 2), **settings)  # says now if one makes no sense
     settings |= dict(repetition_penalty=o.repetition_penalty, seed=o.seed)
     model, tokenizer = load(o.model, device)
     ids = tokenizer.encode(o.prompt) or [tokenizer.eot]
@@ -427,7 +427,7 @@ def sample(given):
     stop = (o.stop,) if o.stop else ()
     print(o.prompt.lstrip("\n"), end="")
     args = (model, tokenizer, ids, o.max_new_tokens, stop, ends)
-    for piece in sampling.stream_text(*args, **settings):
+    for piece in generation.stream_text(*args, **settings):
         print(piece, end="", flush=True)
     print()
 

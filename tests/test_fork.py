@@ -17,6 +17,7 @@ MINIMAL = {
     "03_gpt": "train --data {text} " + SMALL,
     "04_modern": "train --data {text} " + SMALL,
     "05_scaling": "train --data {text} " + SMALL,
+    "06_moe": "train --data {text} " + SMALL + " --n_experts 4",
 }
 
 

@@ -66,6 +66,17 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
     ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
     ours = run(tmp_path, "04_modern/run.py", *sample, "--model", latest)
     assert ours.strip() == words.decode(ids).split(common.EOT)[0].strip()
+    # A mixture made of that dense model starts at its loss, and transformers reads it.
+    val_loss = json.loads((latest / "run.json").read_text())["result"]["val_loss"]
+    upcycle = ("--upcycle", latest, "--max_lr", 0, "--steps", 1, "--n_experts", 4)
+    run(tmp_path, "06_moe/run.py", "train", "--data", text, *upcycle, *small.split()[12:])
+    mixture = tmp_path / "06_moe" / "latest"
+    result = json.loads((mixture / "run.json").read_text())["result"]
+    assert result["val_loss"] == pytest.approx(val_loss, abs=1e-4)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(mixture)
+    assert theirs.config.num_local_experts == 4
+    again = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+    assert again.tolist() == ids.tolist()
 
 
 def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):

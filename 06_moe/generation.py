@@ -1,7 +1,7 @@
-"""How the next token is drawn, and the loss: what moe.py takes from 04_modern/modern.py as it is.
+"""The cache, how the next token is drawn, and the loss: what moe.py takes from 04 as it is.
 
 Parent: 04_modern/modern.py
-Changed: check_length
+Changed: KVCache, check_length
 """
 
 import codecs
@@ -19,6 +19,45 @@ def cross_entropy(logits, targets):
     )  # bfloat16 would lose digits
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
     return (logits.logsumexp(-1) - chosen).mean()
+
+
+class KVCache:
+    """Keys and values of every layer for up to `capacity` tokens, allocated once.
+
+    `length` is the number of tokens held; setting it lower forgets the last ones. pads, int64 (B,):
+    how many of a row's first tokens are padding."""
+
+    def __init__(
+        self, config, batch_size=1, capacity=None, pads=None, device="cpu", dtype=torch.float32
+    ):
+        self.capacity, self.pads, self.length = capacity or config.context_length, pads, 0
+        shape = (batch_size, config.n_kv_heads, self.capacity, config.head_dim)
+        # Zeros, as what is left over in memory could be NaN, and 0 times NaN is not 0.
+        layers = range(config.n_layers)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+
+    def begin(self, T, device):
+        """Make room for T tokens: their positions (B or 1, T), and the mask (B or 1, 1, T, S) of
+        what they see, None where causal attention does. ValueError where they do not fit."""
+        if self.length + T > self.capacity:
+            raise ValueError(
+                f"{self.length} + {T} tokens do not fit into the cache, {self.capacity}"
+            )
+        self.start, self.length = self.length, self.length + T
+        keys = torch.arange(self.length, device=device)[None]  # (1, S)
+        keys = keys if self.pads is None else keys - self.pads[:, None]  # (B, S): pads below 0
+        positions = keys[:, self.start :]
+        if self.pads is None and T in (1, self.length):
+            return positions, None
+        q, k = positions[:, None, :, None], keys[:, None, None, :]
+        return positions, ((k >= 0) & (k <= q)) | (k == q)  # a pad sees itself: no row is empty
+
+    def update(self, layer, k, v):
+        """Store k and v (B, K, T, D) of the new tokens; returns those of all, (B, K, S, D)."""
+        self.k[layer][:, :, self.start : self.length] = k
+        self.v[layer][:, :, self.start : self.length] = v
+        return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
 
 
 def next_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
