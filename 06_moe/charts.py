@@ -74,6 +74,8 @@ def plot_routing(directory, name="routing.png"):
         axes = figure.add_subplot(grid[-1, column])
         values = smooth([line[key] for line in lines], width)
         axes.plot(steps, 100 * values if key == "dropped" else values)
+        if key == "dropped":
+            axes.set_ylim(0, max(1, 105 * values.max()))
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("step")
         if key == "entropy":
@@ -97,14 +99,14 @@ def first_choices(model, ids):
     return torch.stack([mixture.routing.experts[:, 0] for mixture in model.mixtures()])
 
 
-def draw_map(model, tokenizer, ids, path, columns=76):
+def draw_map(model, tokenizer, ids, path, longest=76):
     """The text of ids (T,), once for each mixture, every token on the colour of the expert that its
     router likes best."""
     choices = first_choices(model, ids).tolist()
     texts = [tokenizer.decode([i]) for i in ids.tolist()]
     places, row, column = [], 0, 0
     for text in texts:
-        if column + len(text.replace("\n", "")) > columns:
+        if column + len(text.replace("\n", "")) > longest:
             row, column = row + 1, 0
         shown = text.replace("\n", "¶")
         places.append((row, column, shown))
@@ -112,7 +114,9 @@ def draw_map(model, tokenizer, ids, path, columns=76):
         if "\n" in text:
             row, column = row + 1, 0
     rows, E = row + 1, model.config.n_experts
-    figure = Figure(figsize=(9, len(choices) * (0.19 * rows + 0.45)), layout="constrained")
+    columns = max(column + len(text) for _, column, text in places)
+    size = (0.115 * columns + 0.5, len(choices) * (0.19 * rows + 0.45))
+    figure = Figure(figsize=size, layout="constrained")
     for axes, chosen, i in zip(
         figure.subplots(len(choices), squeeze=False)[:, 0], choices, range(99)
     ):
@@ -124,8 +128,9 @@ def draw_map(model, tokenizer, ids, path, columns=76):
                 axes.text(column + j + 0.5, row + 0.5, letter, ha="center", **style)
         axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
         axes.set_title(f"mixture {i}: each token's first expert", fontsize=9, loc="left")
+    figure.text(0.01, 0.004, "expert", fontsize=8)
     for e in range(min(E, 20)):
-        figure.text(0.02 + 0.045 * e, 0.004, f" {e} ", fontsize=8, backgroundcolor=colour(e, E))
+        figure.text(0.08 + 0.045 * e, 0.004, f" {e} ", fontsize=8, backgroundcolor=colour(e, E))
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -588,7 +588,7 @@ class MoETransformerLM(nn.Module):
         """Feed ids (B, T) to the cache in chunks, so that memory does not grow with T; returns the
         logits after the last token, (B, V)."""
         for piece in ids.split(chunk, dim=1):
-            x = self.hidden(piece, cache)  # (B, chunk, C)
+            x = self.hidden(piece, cache)  # (B, n, C)
         return self.output(x[:, -1])
 
     @torch.inference_mode()
@@ -654,7 +654,10 @@ class MoETransformerLM(nn.Module):
         Raises ValueError where a file is missing or unreadable, the architecture is another, or
         tensors are missing, misshapen or unknown: all of them are named."""
         fields, tensors, files, token_ids = convert.read(Path(path))
-        return cls.build(MoEConfig(**fields), tensors, files, token_ids, path).to(device, dtype)
+        model = cls.build(MoEConfig(**fields), tensors, files, token_ids, path).to(device)
+        for name, p in model.named_parameters():
+            p.data = p.data if "router" in name else p.data.to(dtype)
+        return model
 
     @classmethod
     def from_dense(cls, path, device="cpu", **fields):

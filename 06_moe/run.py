@@ -304,9 +304,11 @@ def train(given):
     say = bar.write if sys.stderr.isatty() else print
 
     def on_step(line):
-        busiest = max((max(load) for load in line.get("load", [])), default=0) * config.n_experts
-        shown = f"loss {line['train_loss']:.3f}, busiest expert x{busiest:.1f}, dropped "
-        shown += f"{line.get('dropped', 0):.0%}, {line['tokens_per_s']:,.0f} tokens/s"
+        shown = f"loss {line['train_loss']:.3f}, {line['tokens_per_s']:,.0f} tokens/s"
+        if "load" in line:
+            busiest = max(max(load) for load in line["load"]) * config.n_experts
+            shown += f", busiest expert x{busiest:.1f}, balance {max(line['balance_loss']):.2f}"
+            shown += f", dropped {line['dropped']:.0%}"
         bar.set_postfix_str(shown, False)
         bar.update(line["step"] - bar.n)
         if line["step"] == 10:

@@ -424,6 +424,17 @@ def test_what_no_layout_of_theirs_holds_comes_back_from_ours(tmp_path):
     assert not torch.equal(again(ids), model(ids))  # so the bias was in the file
 
 
+def test_a_model_in_bfloat16_routes_and_counts_positions_in_float32(tmp_path):
+    model, ids = new_model(qk_norm=False).eval(), some_ids()
+    model.blocks[0].mlp.router.weight.data.fill_(1 + 2**-12)
+    model.save_pretrained(tmp_path)
+    small = MoETransformerLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert torch.equal(small.frequencies, model.frequencies)
+    routers = [m.mixtures()[0].router.weight for m in (small, model)]
+    assert torch.equal(*routers) and small.output.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(small(ids).float(), model(ids), atol=0.5, rtol=0.1)
+
+
 def test_a_directory_that_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="not a whole model directory"):
         MoETransformerLM.from_pretrained(tmp_path)
