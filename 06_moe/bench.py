@@ -39,7 +39,7 @@ class Options:
     parts: str = "speed,quality"  # what to measure, commas between
     rounds: int = 15  # times that each layer runs in speed
     seeds: int = 3  # runs of each model in quality, with seeds 1, 2, ...
-    steps: int = 850  # steps of 2,048 tokens in quality
+    steps: int = 1275  # steps of 2,048 tokens in quality
     n_experts: int = 8  # experts of the mixture in quality
     top_k: int = 2  # experts that a token uses
 
@@ -119,10 +119,12 @@ def speed(o, device, dtype=torch.float32, N=2048):
                 if i >= 3:
                     times[name].append(time.perf_counter() - began)
                 outputs[name] = y.detach()
-        off = max(
-            (outputs[n] - outputs["ours, loop"]).abs().max().item() for n in runs if n != "dense"
-        )
-        assert off < (1e-3 if dtype == torch.float32 else 0.1), f"outputs differ by {off}"
+        for name in set(runs) - {"dense"}:  # in bfloat16 near ties go to another expert
+            off = (outputs[name] - outputs["ours, loop"]).abs().amax(-1) > 1e-3
+            if off.float().mean() > (0 if dtype == torch.float32 else 0.05):
+                raise ValueError(
+                    f"{name} gives something else for {off.float().mean():.1%} of tokens"
+                )
         rows = result[f"{E} experts"] = {}
         best = "ours, segments" if device.type == "cpu" else "ours, grouped"
         flops = 6 * 3 * WIDTHS["d_model"] * WIDTHS["d_expert"] * WIDTHS["top_k"]  # a token's

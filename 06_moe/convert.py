@@ -161,12 +161,19 @@ def read(path):
     try:
         hf = json.loads((path / "config.json").read_text())
         index, shards = path / "model.safetensors.index.json", {"model.safetensors"}
-        if index.exists():
+        if index.exists() and not (path / "model.safetensors").exists():
             shards = set(json.loads(index.read_text())["weight_map"].values())
         fields, tensors = config_from_hf(hf, path), {}
         for shard in sorted(shards):
             tensors |= load_file(path / shard)
-    except (OSError, KeyError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+    except (
+        OSError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        json.JSONDecodeError,
+        SafetensorError,
+    ) as error:
         raise ValueError(f"{path} is not a whole model directory: {error!r}") from None
     if hf["model_type"] == "mixtral":
         for ours, theirs in MIXTRAL_NAMES:

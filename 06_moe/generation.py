@@ -1,4 +1,4 @@
-"""The cache, how the next token is drawn, and the loss: what moe.py takes from 04 as it is.
+"""The cache, how the next token is drawn, and the loss: what moe.py takes from 04 with less in it.
 
 Parent: 04_modern/modern.py
 Changed: KVCache, check_length

@@ -6,7 +6,7 @@ segments, one grouped product), experts spread over processes, and a dense model
 mixture. The model has the parameters of a large one and the cost per token of a small one.
 
 Parent: 04_modern/modern.py; what training needs, in training.py, of 05_scaling/scaling.py
-New: Routing, Router, Segments, grouped_product, Experts, AllToAll, MoE
+New: Routing, count, Router, Segments, can_group, grouped_product, Experts, AllToAll, MoE
 Changed: TransformerConfig -> MoEConfig, rope_frequencies, Attention, Block,
     TransformerLM -> MoETransformerLM
 
@@ -42,8 +42,6 @@ from generation import KVCache, check_length, cross_entropy, pad, sample_next
 from torch import nn
 from torch.nn import functional as F
 
-# ---- the shape of the model
-
 
 @dataclass
 class MoEConfig:
@@ -73,7 +71,7 @@ class MoEConfig:
     balance_weight: float = 0.01  # of the Switch loss
     bias_rate: float = 0.01  # step of the bias; DeepSeek-V3 takes 0.001 over far more steps
     z_weight: float = 0.001  # of the loss on large router logits
-    jitter: float = 0.0  # in training the router's input is scaled by up to this share
+    jitter: float = 0.0  # in training the router's input is multiplied by 1 - this to 1 + this
     capacity: float | None = None  # in training an expert takes this times its share; None: all
     dispatch: str = "auto"  # loop, segments or grouped; auto: grouped on a GPU, else segments
 
@@ -99,22 +97,18 @@ class MoEConfig:
         self.d_expert = self.d_expert or max(1, self.d_ff // self.top_k)
         if self.renormalize is None:  # the weight of one would always be 1, and no gradient
             self.renormalize = self.top_k > 1
-        for name, known in (
-            ("scoring", ("softmax", "sigmoid")),
-            ("balance", ("switch", "bias", "none")),
-            ("dispatch", ("auto", "loop", "segments", "grouped")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        known = dict(scoring="softmax, sigmoid", balance="switch, bias, none")
+        for name, words in (known | dict(dispatch="auto, loop, segments, grouped")).items():
+            if getattr(self, name) not in words.split(", "):
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {words}")
         if self.dispatch == "grouped" and (self.d_model % 8 or self.d_expert % 8):
             widths = f"d_model {self.d_model} and d_expert {self.d_expert}"
             raise ValueError(f"dispatch grouped: {widths} must be multiples of 8")
         if self.d_expert < 1 or self.n_shared < 0 or not 0 <= self.jitter < 1:
             raise ValueError("d_expert is at least 1, n_shared at least 0, jitter in [0, 1)")
-        if self.capacity is not None and self.capacity <= 0:
-            raise ValueError(f"capacity {self.capacity} is not above 0")
-        # Of initial weights. GPT-2's 0.02 is this at a width of 1,225; at 128 it learns far slower.
-        self.std = 0.7 / math.sqrt(self.d_model)
+        if self.capacity is not None and not 0 < self.capacity < math.inf:
+            raise ValueError(f"capacity {self.capacity} is not a number above 0")
+        self.std = 0.7 / math.sqrt(self.d_model)  # of initial weights; GPT-2's 0.02 at d 1,225
         self.sparse = self.pattern()  # whether each layer has experts
 
     def pattern(self):
@@ -123,7 +117,7 @@ class MoEConfig:
             return [word == "all" for _ in layers]
         if word.startswith("every-") and word[6:].isdigit() and int(word[6:]):
             return [(layer + 1) % int(word[6:]) == 0 for layer in layers]
-        numbers = [part.strip() for part in word.split(",") if part.strip()]
+        numbers = [part.strip() for part in word.split(",")]
         if not all(n.isdigit() and int(n) < self.n_layers for n in numbers):
             raise ValueError(
                 f"moe_layers {word!r} is neither all, none, like every-2, nor layers from 0 to "
@@ -243,13 +237,20 @@ class SwiGLU(nn.Module):
 class Routing(NamedTuple):
     """What a Router decided for N tokens, and how well its experts share the work."""
 
-    experts: torch.Tensor  # int64 (N, k), best first; E where the expert was full
+    experts: torch.Tensor  # int64 (N, k), best first, biases included; E where it was full
     weights: torch.Tensor  # float32 (N, k), 0 where it was
     load: torch.Tensor  # assignments that each expert was meant to get, (E,)
     dropped: torch.Tensor  # share of the assignments that found their expert full
     entropy: torch.Tensor  # of a token's distribution over experts, mean, nats
     balance: torch.Tensor  # Switch's loss: 1 where all experts get as much, E where one gets all
     z: torch.Tensor  # mean square of the logits' log-sum-exp
+
+
+def count(experts, n):
+    """How often each of n experts is named: int64 of any shape to (n,). (bincount would make a GPU
+    wait to look for the largest.)"""
+    flat = experts.flatten()
+    return flat.new_zeros(n).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 class Router(nn.Module):
@@ -279,13 +280,12 @@ class Router(nn.Module):
             weights = scores.gather(1, chosen)
             if self.renormalize:
                 weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-            probs = scores / scores.sum(1, keepdim=True)
+            probs = scores / (scores.sum(1, keepdim=True) + 1e-20)
             entropy = -(probs * probs.clamp(min=1e-20).log()).sum(1).mean()
             z = logits.logsumexp(1).square().mean()
-        load = torch.bincount(chosen.flatten(), minlength=E).to(wide)
+        load = count(chosen, E).to(wide)
         share = load / load.sum()
         if self.world > 1:  # of all ranks' tokens; each adds the probabilities of its own
-            share = share.clone()
             dist.all_reduce(share)
             share /= self.world
         balance = E * (share * probs.mean(0)).sum()
@@ -296,9 +296,8 @@ class Router(nn.Module):
         return Routing(chosen, weights, load, dropped, entropy.detach(), balance, z)
 
     def positions(self, chosen, load):
-        """How many came to the same expert before: (N, k). All first choices before any second
-        one, and tokens in their order. (So a later token can push out an earlier one's second
-        choice, and the model sees the future: only in training is capacity limited.)"""
+        """How many came to the same expert before, (N, k): first choices before second ones. (So a
+        later token can push out an earlier one's second choice: capacity is for training only.)"""
         flat = chosen.T.flatten()  # (k N,)
         order = flat.argsort(stable=True)
         starts = load.long().cumsum(0) - load.long()
@@ -319,7 +318,7 @@ class Segments(torch.autograd.Function):
     down (E, C, F), counts a list of E row counts; returns (S, C).
 
     The backward pass is written out for memory's sake: what belongs to one expert stays in the
-    cache, and buffers serve all of them. With a = silu(g) and h = a u, y = h downᵀ."""
+    cache, and buffers serve all of them. a = silu(g), h = a u, y = h downᵀ."""
 
     @staticmethod
     def forward(ctx, x, gate, up, down, counts):
@@ -356,14 +355,23 @@ class Segments(torch.autograd.Function):
         return dx, *gradients, None
 
 
+def can_group(x, dtype, *widths):
+    """Whether grouped_product is to be had, and worth having, for rows like x."""
+    if not x.is_cuda or dtype != torch.bfloat16 or any(n % 8 for n in widths):
+        return False
+    generation, _ = torch.cuda.get_device_capability(x.device)
+    if hasattr(F, "grouped_mm"):
+        return generation >= 8
+    return hasattr(torch, "_grouped_mm") and generation == 9  # before torch 2.10
+
+
 def grouped_product(x, weight, ends):
     """Rows x (S, C) up to ends[0] times weight[0], those up to ends[1] times weight[1], and so on:
     weight (E, C, F), ends int32 (E,), returns (S, F). One kernel on a GPU, for bfloat16."""
-    if hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x, weight, offs=ends)
-    if hasattr(torch, "_grouped_mm"):  # its name before torch 2.10
-        return torch._grouped_mm(x, weight, offs=ends)
-    raise ValueError("dispatch grouped needs a torch with grouped_mm: take segments")
+    product = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # before 2.10
+    if product is None:
+        raise ValueError("dispatch grouped needs a torch with grouped_mm: take segments")
+    return product(x, weight, offs=ends)
 
 
 class Experts(nn.Module):
@@ -392,9 +400,8 @@ class Experts(nn.Module):
         kind, way = x.device.type, self.dispatch  # autocast knows neither Segments nor grouped_mm
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if way == "auto":
-            aligned = all(n % 8 == 0 for n in self.gate.shape[1:])
-            way = "grouped" if x.is_cuda and dtype == torch.bfloat16 and aligned else "segments"
-        counts = torch.bincount(flat, minlength=E + 1)[:E]
+            way = "grouped" if can_group(x, dtype, *self.gate.shape[1:]) else "segments"
+        counts = count(flat, E + 1)[:E]
         order = flat.argsort(stable=True)  # those for no expert come last
         if way == "segments":
             counts = counts.tolist()
@@ -414,7 +421,7 @@ class Experts(nn.Module):
         return torch.zeros_like(x, dtype=y.dtype).index_add_(0, tokens, y).type_as(x)
 
     def loop(self, x, chosen, weights):
-        """The definition: each expert picks its tokens, and adds to them what it makes of them."""
+        """The definition: each expert takes its tokens, and adds to them what it makes of them."""
         y = torch.zeros_like(x)
         for e in range(len(self.gate)):
             tokens, choice = torch.where(chosen == e)
@@ -462,6 +469,9 @@ class MoE(nn.Module):
         y = way(flat, routing.experts, routing.weights).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
+    def __getstate__(self):  # a copy has decided nothing yet
+        return self.__dict__ | dict(routing=None)
+
     def spread(self, rank, world):
         """Keep this rank's experts; ValueError where they cannot be shared out evenly."""
         E = len(self.experts.gate)
@@ -475,7 +485,7 @@ class MoE(nn.Module):
     def exchange(self, x, chosen, weights):
         """As Experts.forward: rows go to the ranks of their experts, through them, and back."""
         n, k = len(self.experts.gate), chosen.shape[1]  # n experts on each rank
-        counts = torch.bincount(chosen.flatten(), minlength=n * self.world + 1)[:-1]
+        counts = count(chosen, n * self.world + 1)[:-1]
         order = chosen.flatten().argsort(stable=True)[: counts.sum()]
         theirs = torch.empty_like(counts)  # rows that each rank sends to each of my experts
         dist.all_to_all_single(theirs, counts)
@@ -562,20 +572,18 @@ class MoETransformerLM(nn.Module):
         return total
 
     def counts(self):
-        """(all parameters, those that a token uses)."""
-        c, total = self.config, sum(p.numel() for p in self.parameters())
-        experts = [p.numel() for m in self.mixtures() for p in m.experts.parameters()]
-        total += (self.world - 1) * sum(experts)  # on other ranks
-        idle = self.world * sum(experts) * (c.n_experts - c.top_k) // c.n_experts
-        return total, total - idle
+        """(all parameters, those that a token uses), with the experts on other ranks."""
+        c, here = self.config, sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for m in self.mixtures() for p in m.experts.parameters())
+        total = here + (self.world - 1) * experts
+        return total, total - self.world * experts * (c.n_experts - c.top_k) // c.n_experts
 
     def flops_per_token(self):
         """Forward and backward pass at full context (Chowdhery et al. 2022), of active experts."""
         c, (_, active) = self.config, self.counts()
         looked_up = 0 if c.tie_embeddings else self.token_embedding.weight.numel()
-        vectors = sum(p.numel() for p in self.parameters() if p.ndim == 1)
-        attention = 12 * c.n_layers * c.n_heads * c.head_dim * c.context_length
-        return 6 * (active - looked_up - vectors) + attention
+        products = active - looked_up - sum(p.numel() for p in self.parameters() if p.ndim == 1)
+        return 6 * products + 12 * c.n_layers * c.n_heads * c.head_dim * c.context_length
 
     def spread(self, rank, world):
         """Share the experts of every mixture out over ranks; see MoE."""
@@ -583,13 +591,6 @@ class MoETransformerLM(nn.Module):
         for mixture in self.mixtures():
             mixture.spread(rank, world)
         return self
-
-    def prefill(self, ids, cache, chunk=1024):
-        """Feed ids (B, T) to the cache in chunks, so that memory does not grow with T; returns the
-        logits after the last token, (B, V)."""
-        for piece in ids.split(chunk, dim=1):
-            x = self.hidden(piece, cache)  # (B, n, C)
-        return self.output(x[:, -1])
 
     @torch.inference_mode()
     def stream(
@@ -599,10 +600,9 @@ class MoETransformerLM(nn.Module):
         """Yield the next ids and their log-probabilities, int64 and float32 (B,), token by token.
 
         prompts: int64 (B, T) or lists of ids of any lengths. The log-probabilities are the model's
-        own, before penalty, temperature and filters. With a cache, prompts follow what it holds;
-        after the last token drawn it holds all but that one. Raises ValueError where prompt and new
-        tokens do not fit into the context, and for prompts of different lengths with a cache of the
-        caller's."""
+        own, before penalty, temperature and filters. With a cache, prompts follow what it holds.
+        Raises ValueError where prompt and new tokens do not fit into the context, and for prompts
+        of different lengths with a cache of the caller's."""
         if repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty {repetition_penalty} is not above 0")
         weight = self.token_embedding.weight
@@ -616,7 +616,7 @@ class MoETransformerLM(nn.Module):
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
         seen = torch.zeros(len(ids), self.config.vocab_size, dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
-            logits = self.prefill(ids, cache).float()  # (B, V)
+            logits = self.output(self.hidden(ids, cache)[:, -1]).float()  # (B, V)
             chosen = logits
             if repetition_penalty != 1.0:
                 seen.scatter_(1, ids, True)
@@ -649,12 +649,10 @@ class MoETransformerLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
-        """A mixtral or qwen3_moe in Hugging Face's layout, or what save_pretrained wrote.
-
-        Raises ValueError where a file is missing or unreadable, the architecture is another, or
-        tensors are missing, misshapen or unknown: all of them are named."""
-        fields, tensors, files, token_ids = convert.read(Path(path))
-        model = cls.build(MoEConfig(**fields), tensors, files, token_ids, path).to(device)
+        """A mixtral or qwen3_moe in Hugging Face's layout, or what save_pretrained wrote; routers
+        stay in float32. ValueError where a file is missing or unreadable, the architecture is
+        another, or tensors are missing, misshapen or unknown, by name."""
+        model = cls.build(*convert.read(Path(path)), path).to(device)
         for name, p in model.named_parameters():
             p.data = p.data if "router" in name else p.data.to(dtype)
         return model
@@ -664,16 +662,19 @@ class MoETransformerLM(nn.Module):
         """A mixture that starts as the dense model in a directory of 04 or 05 (llama or qwen3):
         every expert a copy of its layer's MLP, so that it gives the same logits, whatever the
         router says (Komatsuzaki et al. 2022). `fields` are those of MoEConfig about experts.
-
-        Raises ValueError where the model does not fit: another width asked for, weights that do not
-        sum to 1, shared experts, biases."""
+        ValueError where it does not fit: another width asked for, weights that do not sum to 1,
+        shared experts, biases."""
         own, tensors, files, token_ids = convert.read_dense(Path(path))
-        config = MoEConfig(**own | dict(moe_layers="all", d_expert=own["d_ff"]) | fields)
-        tensors = convert.copy_mlps(tensors, own, config, path)
-        return cls.build(config, tensors, files, token_ids, path).to(device)
+        fields = own | dict(moe_layers="all", d_expert=own["d_ff"]) | fields
+        tensors = convert.copy_mlps(tensors, own, MoEConfig(**fields), path)
+        return cls.build(fields, tensors, files, token_ids, path).to(device)
 
     @classmethod
-    def build(cls, config, tensors, files, token_ids, path):
+    def build(cls, fields, tensors, files, token_ids, path):
+        try:
+            config = MoEConfig(**fields)
+        except TypeError as error:
+            raise ValueError(f"{path}: its config.json does not fit this stage: {error}") from None
         with torch.device("meta"):  # nothing is drawn that would be overwritten
             model = cls(config)
         state = convert.assemble(tensors, model, path)
@@ -686,10 +687,9 @@ class MoETransformerLM(nn.Module):
 
     def save_pretrained(self, path):
         """Write config.json, model.safetensors (float32) and the tokenizer, if it is known, each
-        file whole or not at all: as mixtral or qwen3_moe, from which `transformers` gives these
-        logits, or, where neither knows a feature (shared experts, sigmoid, a bias, no qk_norm in
-        some layers without experts), in a layout of our own. With experts spread over ranks every
-        rank calls it and the first one writes."""
+        whole or not at all: as mixtral or qwen3_moe, from which `transformers` gives these logits,
+        or, where neither holds a feature (see convert.kind_of), in a layout of our own. With
+        experts spread over ranks every rank calls it and the first one writes."""
         state = self.state_dict()
         for name, p in list(state.items()) if self.world > 1 else []:
             if ".experts." in name:

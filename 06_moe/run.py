@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,8 +103,6 @@ def start_ranks(options, n_experts):
     if world == 1:
         return 0, 1, device, dtype, reason
     if n_experts % world:  # said before the ranks wait for one another
-        if int(os.environ["RANK"]):
-            sys.exit(2)
         raise ValueError(f"{n_experts} experts cannot be shared out over {world} ranks evenly")
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
@@ -120,12 +119,17 @@ def start_ranks(options, n_experts):
 
 def first(rank, world, function, *args):
     """function(...), on the first rank before the others, for which it finds its work done."""
-    for turn in (True, False):
-        if (rank == 0) == turn:
+    problem = [None]
+    if rank == 0:
+        try:
             result = function(*args)
-        if world > 1:
-            dist.barrier()
-    return result
+        except (ValueError, OSError) as error:
+            problem = [error]
+    if world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise problem[0]
+    return result if rank == 0 else function(*args)
 
 
 def prepare_tokens(source, sha256, tokenizer):
@@ -234,16 +238,29 @@ def make_model(options, given, preset, tokenizer):
     return model
 
 
+def check_preset(name):
+    if name not in (*PRESETS, "auto"):
+        raise ValueError(f"--preset {name} is none of {', '.join(PRESETS)}")
+
+
 def train(given):
     """train a mixture, print samples, plot loss and routing, draw which expert takes what"""
+    try:
+        train_rank(given)
+    except (ValueError, OSError):
+        if int(os.environ.get("RANK", 0)) == 0:
+            raise
+        sys.exit(2)  # the first rank says what is wrong
+
+
+def train_rank(given):
     options = build(Options, given)
     rank, world, device, dtype, reason = start_ranks(
         options, given.get("n_experts", moe.MoEConfig.n_experts)
     )
     if rank:
         sys.stdout = open(os.devnull, "w")
-    if options.preset not in (*PRESETS, "auto"):
-        raise ValueError(f"--preset {options.preset} is none of {', '.join(PRESETS)}")
+    check_preset(options.preset)
     auto = "medium" if device.type == "cuda" else "small"
     name = auto if options.preset == "auto" else options.preset
     tokenizer, directory, home, train_tokens, val_tokens, meta = open_text(options, rank, world)
@@ -267,7 +284,8 @@ def train(given):
     loader = training.TokenLoader(*text)
     rows = sequences // world
     micro = how.micro_batch = min(rows, how.micro_batch or rows)
-    plan = asdict(config) | asdict(how) | dict(tokens_dir=home.name, device=device.type)
+    plan = asdict(config) | asdict(how) | dict(tokens_dir=str(home.resolve()), device=device.type)
+    plan |= dict(code=sha256(Path(training.__file__).read_bytes()).hexdigest()[:8])
     plan |= dict(world=world, upcycle=options.upcycle and str(Path(options.upcycle).resolve()))
     run = SimpleNamespace(dir=None, result=None, resume=False)
     if rank == 0:
@@ -320,7 +338,7 @@ def train(given):
                 say(f"  {text}")
             charts.plot_routing(run.dir)
 
-    peak = matrix_flops(device, dtype)
+    peak = matrix_flops(device, dtype) * (world if device.type == "cuda" else 1)
     hooks = dict(val_bytes=meta["bytes"]["val"], peak_flops=peak, on_step=on_step)
     try:
         training.train(model, loader, val_tokens, how, run, device, dtype, **hooks)
@@ -452,6 +470,7 @@ def draw(given):
 def describe(given):
     """parameters, total and active, of a model"""
     options = build(Options, given)
+    check_preset(options.preset)
     preset = PRESETS["small" if options.preset == "auto" else options.preset]
     config = build(moe.MoEConfig, given, **preset)
     with torch.device("meta"):
@@ -504,6 +523,9 @@ def collapse(given):
         try:
             update = lambda line, bar=bar: bar.update(line["step"] - bar.n)  # noqa: E731
             training.train(model, loader, val_tokens, how, run, on_step=update)
+        except SystemExit:
+            print("(collapse begins anew next time)")
+            raise
         finally:
             bar.close()
         lines = charts.routing_lines(out / "metrics.jsonl")

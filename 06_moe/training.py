@@ -6,7 +6,7 @@ losses and the bias of the routers, and gradients of experts that other ranks do
 
 Parent: 04_modern/modern.py (AdamW, compiled, train); 05_scaling/scaling.py (TokenLoader,
     lr_schedule, orthogonalise, evaluate, Muon, clip_gradients, TrainConfig)
-New: optimizers_of, Watch, save_state, load_state
+New: optimizers_of, Watch, save_state, newest_state, load_state
 Changed: Muon, clip_gradients, TrainConfig, train
 
 Read in this order: Muon, Watch, then train.
@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from common import atomic
 
-IGNORE = -100  # as a target: not predicted, counts nowhere
+IGNORE = -100  # what a TokenLoader with `eot` marks; no loss of this stage knows it
 
 # ---- optimizers
 
@@ -89,7 +89,12 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices (Jordan et al. 2024) and stacks of them, (E, rows,
     columns). A group with `parts`, row counts, holds matrices that are several under one another. A
     step is an orthogonal matrix times 0.2 sqrt(max(rows, columns)), as large as one of AdamW (Liu
-    et al. 2025). Matrices of one shape go together, which is faster."""
+    et al. 2025). Matrices of one shape go together, which is faster.
+
+    An expert without a token rests: what is left of its momentum would otherwise be normalised to a
+    whole step, and decay would wear it away."""
+
+    together = 2**24  # numbers in the matrices that are orthogonalised at once
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -105,19 +110,18 @@ class Muon(torch.optim.Optimizer):
                         state["m"] = torch.zeros_like(p)
                     m = state["m"].mul_(momentum).add_(p.grad)
                     nesterov = (p.grad + momentum * m).view(-1, *p.shape[-2:])  # (n, rows, columns)
-                    # An expert without a token rests: what is left of its momentum would otherwise
-                    # be normalised to a whole step.
-                    nesterov *= p.grad.view_as(nesterov).any(-1).any(-1)[:, None, None]
                     alike.setdefault(p.shape[-2:], []).append((p, nesterov))
             for shape, found in alike.items():
                 params, stacks = zip(*found)
-                steps = []
-                for part in torch.cat(stacks).split(group.get("parts") or shape[0], dim=1):
-                    steps.append(orthogonalise(part) * (0.2 * math.sqrt(max(part.shape[1:]))))
-                steps = torch.cat(steps, dim=1).split(list(map(len, stacks)))
+                steps, n = [], max(1, self.together // shape.numel())
+                for piece in torch.cat(stacks).split(n):
+                    parts = piece.split(group.get("parts") or shape[0], dim=1)
+                    ones = [orthogonalise(x) * (0.2 * math.sqrt(max(x.shape[1:]))) for x in parts]
+                    steps.append(torch.cat(ones, dim=1))
+                steps = torch.cat(steps).split(list(map(len, stacks)))
                 for p, step in zip(params, steps):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(step.view_as(p), alpha=group["lr"])
+                    busy = p.grad.view_as(step).any(-1).any(-1)[:, None, None] * group["lr"]
+                    p.view_as(step).mul_(1 - busy * group["weight_decay"]).sub_(busy * step)
 
 
 def optimizers_of(model, config):
@@ -366,13 +370,29 @@ class Watch:
         return lists | dict(dropped=round(dropped.mean().item(), 4))
 
 
-def save_state(model, optimizers, state, out):
-    """Weights, optimizers and random state beside the dict `state`, whole or not at all."""
+def save_state(model, optimizers, state, run_dir, rank):
+    """Weights, optimizers and random state beside the dict `state`, whole or not at all, as
+    state-<rank>-<step>.pt. Older ones go when all ranks have written theirs."""
     everything = dict(model=model.state_dict(), rng=torch.get_rng_state(), **state)
     everything |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers])
     everything |= dict(cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    with atomic(out) as file:
+    path = run_dir / f"state-{rank}-{state['step']}.pt"
+    with atomic(path) as file:
         torch.save(everything, file)
+    if model.world > 1:
+        dist.barrier()
+    for old in set(run_dir.glob(f"state-{rank}-*.pt")) - {path}:
+        old.unlink()
+
+
+def newest_state(run_dir, rank, world):
+    """The state of this rank of the newest step that all ranks have one of, or None."""
+    steps = [{int(path.stem.split("-")[2]) for path in run_dir.glob(f"state-{rank}-*.pt")}]
+    if world > 1:
+        mine, steps = steps[0], [None] * world
+        dist.all_gather_object(steps, mine)
+    step = max(set.intersection(*steps), default=None)
+    return None if step is None else run_dir / f"state-{rank}-{step}.pt"
 
 
 def load_state(src, model, optimizers):
@@ -398,12 +418,12 @@ def train(model, loader, val_tokens, config, run, device="cpu", dtype=torch.floa
     """Train a MoETransformerLM in place on the batches of `loader`; returns the last metrics.
 
     val_tokens: 1-D integer array. `run` has `dir`, `resume` and `log(**metrics)`, as common.Run. In
-    run.dir: state-<rank>.pt, the newest state, after each evaluation and when stopped; and the
-    model of the lowest validation loss as save_pretrained writes it. hooks: val_bytes, the size of
-    the held-out text, for bits per byte; peak_flops, of the machine, for MFU; on_step(metrics), on
-    the first rank. A model whose experts are spread over ranks is trained by all of them together.
-    Ctrl-C and SIGTERM save, then exit with 130 and 0; a second one ends at once. Raises ValueError
-    on a loss that is not finite; the state is then the last good one."""
+    run.dir: state-<rank>-<step>.pt, after each evaluation and when stopped, the newest only; and
+    the model of the lowest validation loss as save_pretrained writes it. hooks: val_bytes, the size
+    of the held-out text, for bits per byte; peak_flops, of the machine, for MFU; on_step(metrics),
+    on the first rank. A model whose experts are spread over ranks is trained by all of them
+    together. Ctrl-C and SIGTERM save, then exit with 130 and 0; a second one ends at once. Raises
+    ValueError on a loss that is not finite; the state is then the last good one."""
     world = model.world
     rank, kind = dist.get_rank() if world > 1 else 0, torch.device(device).type
     micro = config.micro_batch or loader.batch_size
@@ -411,21 +431,11 @@ def train(model, loader, val_tokens, config, run, device="cpu", dtype=torch.floa
     forward = compiled(model, kind == "cuda" if config.compile is None else config.compile)
     autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
     bits = len(val_tokens) / hooks.get("val_bytes", math.inf) / math.log(2)  # times nats
-    peak, path, signals, line = (
-        hooks.get("peak_flops", math.inf),
-        run.dir / f"state-{rank}.pt",
-        [],
-        {},
-    )
+    peak, signals, line = hooks.get("peak_flops", math.inf), [], {}
     state = dict(step=0, position=0, best=math.inf, since_best=0, seconds=0.0)
-    if run.resume and path.exists():
+    if run.resume and (path := newest_state(run.dir, rank, world)):
         found = load_state(path, model, optimizers)
         state = {name: found[name] for name in state}
-    if world > 1:
-        steps = [None] * world
-        dist.all_gather_object(steps, state["step"])
-        if min(steps) < max(steps):
-            raise ValueError(f"the ranks' states in {run.dir} are of steps {steps}: use --fresh")
     loader.position = state["position"]
 
     def stop(number, _):
@@ -433,10 +443,11 @@ def train(model, loader, val_tokens, config, run, device="cpu", dtype=torch.floa
         signal.signal(number, signal.SIG_DFL)
 
     def stopping():  # all ranks leave after the same step
-        flag = torch.tensor(signals[:1] or [0], device=device)
         if world > 1:
+            flag = torch.tensor(signals[:1] or [0], device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-        signals[:] = [n for n in flag.tolist() if n]
+            signals.extend([flag.item()] if flag and not signals else [])
+            return bool(flag)
         return bool(signals)
 
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -466,8 +477,8 @@ def train(model, loader, val_tokens, config, run, device="cpu", dtype=torch.floa
         loss, norm = loss.item(), clip_gradients(model, config.max_norm).item()
         if not math.isfinite(loss + norm):
             raise ValueError(
-                f"step {step}: the loss is {loss}, the gradient norm {norm}: stopped; {path} "
-                "holds the last good state; lower --max_lr or look at the text around there"
+                f"step {step}: the loss is {loss}, the gradient norm {norm}: stopped; the "
+                f"last good state is in {run.dir}; lower --max_lr or look at the text around there"
             )
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -484,7 +495,10 @@ def train(model, loader, val_tokens, config, run, device="cpu", dtype=torch.floa
             size = max(1, 16384 // loader.T)
             with autocast:
                 args = (model, val_tokens, loader.T, config.eval_tokens, size, device)
-                val_loss = evaluate(*args)
+                val_loss = torch.tensor(evaluate(*args), dtype=torch.float64, device=device)
+            if world > 1:  # all must agree whether this model is the best
+                dist.broadcast(val_loss, 0)
+            val_loss = val_loss.item()
             line |= dict(val_loss=val_loss, val_bpb=val_loss * bits)
             state["since_best"] = 0 if val_loss < state["best"] else state["since_best"] + 1
             if val_loss < state["best"]:
@@ -494,14 +508,14 @@ def train(model, loader, val_tokens, config, run, device="cpu", dtype=torch.floa
         if rank == 0:
             run.log(**line)
         if evaluated:
-            save_state(model, optimizers, state, path)
+            save_state(model, optimizers, state, run.dir, rank)
         if "on_step" in hooks and rank == 0:
             hooks["on_step"](line)
     loader.close()
     for number, handler in before.items():
         signal.signal(number, handler)
     if signals:
-        save_state(model, optimizers, state, path)
+        save_state(model, optimizers, state, run.dir, rank)
         if state["best"] == math.inf:  # no evaluation yet: this model is the best there is
             model.save_pretrained(run.dir)
         if rank == 0:

@@ -94,7 +94,8 @@ def carry(root=ROOT):
 
 def main():
     if sys.argv[1:2] == ["diff"]:
-        for path in stages():
+        # First the file that the others serve: moe.py imports convert.py, and so is longer.
+        for path in sorted(stages(), key=lambda path: -path.stat().st_size):
             if path.parent.name.startswith(sys.argv[2] + "_") and parents(path):
                 sys.stdout.flush()
                 return subprocess.run(["diff", "-u", parents(path)[0][0], path]).returncode > 1
