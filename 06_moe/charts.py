@@ -28,12 +28,16 @@ def routing_lines(path):
 
 
 def summary(line):
-    """A line of text for each mixture: its experts' shares of the load, and its entropy."""
-    for layer, (load, entropy) in enumerate(zip(line.get("load", []), line.get("entropy", []))):
+    """A line of text for each mixture: its experts' shares of the load, entropy, balance loss; and
+    one for what was dropped."""
+    columns = zip(line.get("load", []), line.get("entropy", []), line.get("balance_loss", []))
+    for layer, (load, entropy, balance) in enumerate(columns):
         shares = " ".join(f"{100 * share:3.0f}" for share in load[:16])
         more = f" and {len(load) - 16} more" if len(load) > 16 else ""
-        idle = sum(share == 0 for share in load)
-        yield f"mixture {layer}: load {shares}{more} %, {idle} idle, entropy {entropy:.2f} nats"
+        idle = f", {sum(share == 0 for share in load)} idle, entropy {entropy:.2f} nats"
+        yield f"mixture {layer}: load {shares}{more} %{idle}, balance loss {balance:.2f}"
+    if line.get("dropped"):
+        yield f"dropped: {line['dropped']:.1%} of the assignments"
 
 
 def smooth(values, width):
@@ -83,6 +87,7 @@ def plot_routing(directory, name="routing.png"):
             axes.legend([f"mixture {i}" for i in range(min(n, 6))], fontsize=6)
     with atomic(directory / name) as file:
         figure.savefig(file, format="png", dpi=120)
+    return figure
 
 
 def colour(e, E):
@@ -134,6 +139,7 @@ def draw_map(model, tokenizer, ids, path, longest=76):
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=120)
+    return figure
 
 
 def specialities(model, tokenizer, tokens, n=6, least=5):
