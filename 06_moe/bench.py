@@ -39,7 +39,7 @@ class Options:
     parts: str = "speed,quality"  # what to measure, commas between
     rounds: int = 15  # times that each layer runs in speed
     seeds: int = 3  # runs of each model in quality, with seeds 1, 2, ...
-    steps: int = 1275  # steps of 2,048 tokens in quality
+    steps: int = 850  # steps of 2,048 tokens in quality
     n_experts: int = 8  # experts of the mixture in quality
     top_k: int = 2  # experts that a token uses
 
