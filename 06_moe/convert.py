@@ -120,6 +120,7 @@ def config_from_hf(hf, path):
         fields |= dict(n_experts=hf.get("num_local_experts") or hf["num_experts"], moe_layers="all")
     if kind == "mixtral":
         fields |= dict(d_expert=hf["intermediate_size"], jitter=hf.get("router_jitter_noise", 0.0))
+        fields |= dict(renormalize=True)  # also the weight of one
     if kind == "qwen3_moe":
         step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
         layers = [

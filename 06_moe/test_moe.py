@@ -372,6 +372,7 @@ def test_a_torch_without_grouped_mm_says_so(monkeypatch):
     [
         ("mixtral", dict(qk_norm=False)),
         ("mixtral", dict(qk_norm=False, head_dim=6, tie_embeddings=False, top_k=3)),
+        ("mixtral", dict(qk_norm=False, top_k=1, renormalize=True)),
         ("qwen3_moe", dict(moe_layers="1", renormalize=False)),
         ("qwen3_moe", dict(n_layers=4, moe_layers="every-2", tie_embeddings=False, head_dim=8)),
         ("qwen3", dict(moe_layers="none")),
