@@ -133,10 +133,9 @@ def draw_map(model, tokenizer, ids, path, longest=76):
                 axes.text(column + j + 0.5, row + 0.5, letter, ha="center", **style)
         axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
         axes.set_title(f"mixture {i}: each token's first expert", fontsize=9, loc="left")
-    figure.text(0.01, 0.004, "expert", fontsize=8)
-    for e in range(min(E, 20)):
-        figure.text(0.08 + 0.045 * e, 0.004, f" {e} ", fontsize=8, backgroundcolor=colour(e, E))
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    boxes = [Rectangle((0, 0), 1, 1, color=colour(e, E), alpha=0.45) for e in range(min(E, 20))]
+    style = dict(loc="outside lower left", ncols=10, fontsize=8, handlelength=1, columnspacing=1)
+    figure.legend(boxes, range(len(boxes)), title="expert", **style)
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return figure
