@@ -61,7 +61,7 @@ def plot_routing(directory, name="routing.png"):
     grid = figure.add_gridspec(min(n, 12) + 1, 3, height_ratios=[1.0] * min(n, 12) + [1.8])
     for i in range(min(n, 12)):
         axes = figure.add_subplot(grid[i, :])
-        extent = (steps[0], steps[-1], E - 0.5, -0.5)
+        extent = (steps[0] - 0.5, steps[-1] + 0.5, E - 0.5, -0.5)
         settings = dict(aspect="auto", extent=extent, vmin=0, vmax=2, interpolation="nearest")
         image = axes.imshow(E * load[:, i].T, cmap="viridis", **settings)
         axes.set_ylabel(f"mixture {i}\nexpert")
@@ -186,7 +186,7 @@ def plot_collapse(home, variants):
         for i in range(n):
             colours = [colour(e, E) for e in range(E)]
             axes[i, column].stackplot(steps, load[:, i].T, colors=colours)
-            axes[i, column].set(ylim=(0, 1), xlim=(steps[0], steps[-1]))
+            axes[i, column].set(ylim=(0, 1), xlim=(steps[0], max(steps[-1], steps[0] + 1)))
             if column == 0:
                 axes[i, column].set_ylabel(f"mixture {i}: share\nof each expert")
         axes[0, column].set_title(f"balanced by {title}")
