@@ -251,6 +251,9 @@ def train(given):
         if int(os.environ.get("RANK", 0)) == 0:
             raise
         sys.exit(2)  # the first rank says what is wrong
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def train_rank(given):
@@ -348,8 +351,6 @@ def train_rank(given):
         bar.close()
     if rank == 0:
         finish(run, name, options, val_tokens, meta["bytes"]["val"], device, peak, tokenizer)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def summary(result):

@@ -918,6 +918,8 @@ import torch.distributed as dist
 from test_moe import train_ranked
 dist.init_process_group("gloo")
 train_ranked(Path(sys.argv[1]), dist.get_rank(), 2)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
