@@ -225,8 +225,6 @@ def make_model(options, given, preset, tokenizer):
                 f"{tokenizer.vocab_size}"
             )
         return moe.MoETransformerLM(config)
-    if not (Path(options.upcycle) / "config.json").exists():
-        raise ValueError(f"--upcycle {options.upcycle} holds no model: make 05 trains one")
     known = {field.name for field in fields(moe.MoEConfig)}
     asked = {name: value for name, value in given.items() if name in known}
     model = moe.MoETransformerLM.from_dense(options.upcycle, **asked)
@@ -264,6 +262,8 @@ def train_rank(given):
     if rank:
         sys.stdout = open(os.devnull, "w")
     check_preset(options.preset)
+    if options.upcycle and not (Path(options.upcycle) / "config.json").exists():
+        raise ValueError(f"--upcycle {options.upcycle} holds no model: make 05 trains one")
     auto = "medium" if device.type == "cuda" else "small"
     name = auto if options.preset == "auto" else options.preset
     tokenizer, directory, home, train_tokens, val_tokens, meta = open_text(options, rank, world)
