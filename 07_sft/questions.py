@@ -59,28 +59,36 @@ def passages(items, longest=360):
     """Runs of two to six speeches of a scene that do not overlap: [(speeches, the next one or
     None), ...], a speech (speaker, text). Each has at least two speakers, none is longer than
     `longest` characters as rendered. items: a play, as common.plays gives it."""
-    found, run, length = [], [], 0
-    size = 2  # of the next passage; it varies so that the number of speeches is worth asking
+    found, scene, size = [], [], 2
     for kind, speaker, text in [*items, ["scene", "", ""]]:
-        if kind == "direction":
+        if kind == "speech" and text.strip():
+            scene.append((speaker, text.strip()))
+        if kind not in ("act", "scene"):
             continue
-        speech, cost = (speaker, text.strip()), len(speaker) + len(text) + 3
-        fits = kind == "speech" and text.strip() and length + cost <= longest
-        if len(run) == size or not fits:
-            if len(run) >= 2 and len({name for name, _ in run}) >= 2:
-                found.append((run, speech if kind == "speech" and text.strip() else None))
-                size = 2 + (size + 1) % 5
-            run, length = [], 0
-            fits = kind == "speech" and text.strip() and cost <= longest
-        if fits:
-            run.append(speech)
-            length += cost
+        start = 0
+        while start < len(scene):
+            stop = start + 1
+            while (
+                stop < min(start + size, len(scene))
+                and len(render(scene[start : stop + 1])) <= longest
+            ):
+                stop += 1
+            run = scene[start:stop]
+            if len({name for name, _ in run}) >= 2 and len(render(run)) <= longest:
+                found.append((run, scene[stop] if stop < len(scene) else None))
+                size = 2 + (size + 1) % 5  # of the next one: their number is asked for
+            start = stop
+        scene = []
     return found
 
 
+def render(speeches):
+    return "\n\n".join(f"{name}:\n{text}" for name, text in speeches)
+
+
 def ask(kind, speeches, following, draw):
-    """A conversation {"messages", "kind"} on a passage, or None where it does not fit the kind:
-    there has to be one right answer. draw: a random.Random."""
+    """(question, answer) on a passage, or None where it does not fit the kind: there has to be one
+    right answer. draw: a random.Random."""
     names = [name for name, _ in speeches]
     lines = [(name, line) for name, text in speeches for line in text.splitlines()]
     asked = {}
@@ -105,42 +113,54 @@ def ask(kind, speeches, following, draw):
     elif following is None or len(following[1]) > 200:
         return None
     elif kind == "continue":
-        answer = f"{following[0]}:\n{following[1]}"
+        answer = render([following])
     else:
         asked["speaker"], answer = following
-    passage = "\n\n".join(f"{name}:\n{text}" for name, text in speeches)
-    question = draw.choice(PHRASES[kind]).format(**asked)
-    messages = [dict(role="user", content=f"{passage}\n\n{question}")]
-    return dict(messages=[*messages, dict(role="assistant", content=answer)], kind=kind)
+    return draw.choice(PHRASES[kind]).format(**asked), answer
 
 
-def said(kind, answer, draw, **asked):
-    """A conversation without a passage."""
-    question = draw.choice(PHRASES[kind]).format(**asked)
-    messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
+def conversation(turns, kind):
+    """{"messages", "kind"} of [(question, answer), ...]."""
+    pairs = [dict(user=question, assistant=answer) for question, answer in turns]
+    messages = [dict(role=r, content=text) for pair in pairs for r, text in pair.items()]
     return dict(messages=messages, kind=kind)
 
 
-def dataset(seed=1, n_sums=2000, n_repeats=12000):
-    """(training, held-out) conversations, shuffled: each passage of the plays asked twice, a
-    quarter of them to be gone on with as well; lines to repeat, which are the short way to learn to
-    copy; sums of two numbers below 100, others in the held-out part. A seed gives the same."""
+def dataset(kinds=KINDS, seed=1, n_sums=2000, n_repeats=12000):
+    """(training, held-out) conversations of some kinds, shuffled; the same seed gives the same.
+
+    In training a passage is asked several things in a row, held out it is a conversation for each:
+    two of the answerable kinds and, of a quarter of the passages, an open one. Lines to repeat are
+    the short way to learn to copy. The sums are of two numbers below 100, others held out."""
     parts, lines, draw = [[], []], [[], []], random.Random(seed)
     for name, items in sorted(common.plays().items()):
         here = name in common.HELD_OUT
         for speeches, following in passages(items):
             lines[here] += [line for _, text in speeches for line in text.splitlines()]
-            wanted = draw.sample(ANSWERABLE, len(ANSWERABLE))
-            found = [one for k in wanted if (one := ask(k, speeches, following, draw))][:2]
-            if draw.random() < 0.25 and (one := ask(draw.choice(OPEN), speeches, following, draw)):
-                found.append(one)
-            parts[here] += found
+            order = draw.sample(ANSWERABLE, 4)
+            order += [draw.choice(OPEN)] * (draw.random() < 0.25)
+            turns = [(k, ask(k, speeches, following, draw)) for k in order if k in kinds]
+            turns = [(k, (question, answer)) for k, (question, answer) in filter(all, turns)]
+            if here:
+                single = [t for t in turns if t[0] in ANSWERABLE][:2]
+                single += [t for t in turns if t[0] in OPEN]
+                for k, (question, answer) in single:
+                    asked = f"{render(speeches)}\n\n{question}"
+                    parts[1].append(conversation([(asked, answer)], k))
+            elif turns:
+                (first, answer), *rest = (turn for _, turn in turns)
+                asked = f"{render(speeches)}\n\n{first}"
+                parts[0].append(conversation([(asked, answer), *rest], "passage"))
     pairs = draw.sample([(a, b) for a in range(100) for b in range(100)], n_sums + n_sums // 10)
-    sums = [said("sum", str(a + b), draw, a=a, b=b) for a, b in pairs]
+    sums = [(dict(a=a, b=b), str(a + b)) for a, b in pairs]
     for here, some in enumerate((sums[:n_sums], sums[n_sums:])):
-        parts[here] += some
         kept = draw.sample([line for line in lines[here] if 12 < len(line) < 60], n_repeats)
-        parts[here] += [said("repeat", line, draw, line=line) for line in kept]
+        found = [("sum", *one) for one in some]
+        found += [("repeat", dict(line=line), line) for line in kept]
+        for kind, asked, answer in found:
+            question = draw.choice(PHRASES[kind]).format(**asked)
+            if kind in kinds:
+                parts[here].append(conversation([(question, answer)], kind))
         draw.shuffle(parts[here])
         n_repeats //= 10
     return parts

@@ -42,11 +42,12 @@ from common import (
 HERE = Path(__file__).resolve().parent
 # What a preset changes in TrainConfig. small trains all of a small model, lora a little of a real
 # one (1,500 tokens in a step are about 15 of the plays' questions).
-SMALL = dict(context_length=256, optimizer="muon", max_lr=5e-3, weight_decay=0.05, epochs=1.0)
+SMALL = dict(optimizer="muon", max_lr=4e-3, weight_decay=0.05, epochs=1.0)
 SMALL |= dict(tokens_per_step=2048, curriculum="length", warmup_steps=20, eval_every=200)
-LORA = dict(context_length=512, optimizer="adamw", max_lr=1e-3, lora_rank=16, epochs=2.0)
+LORA = dict(optimizer="adamw", max_lr=1e-3, lora_rank=16, epochs=2.0)
 LORA |= dict(tokens_per_step=2048, warmup_steps=5, eval_every=20, eval_examples=50)
 PRESETS = {"small": SMALL, "lora": LORA}
+CONTEXT = {"small": 384, "lora": 512}  # longest conversation and length of a packed row, tokens
 # The model that is made where none is found.
 TINY = dict(d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, context_length=128)
 
@@ -59,7 +60,7 @@ class Options:
     template: str = "auto"  # own, chatml or alpaca; auto: the model's own, else chatml
     kinds: str = ""  # of the plays' questions, such as "list,sum"; all where empty
     examples: int | None = None  # train on this many only
-    context_length: int | None = None  # longest conversation and length of a packed row, tokens
+    context_length: int | None = None  # longest conversation and length of a row; None: 384 or 512
     preset: str = "auto"  # small or lora; auto: lora above 50 million parameters
     device: str = "auto"  # auto, cpu, cuda or cuda:1
     run: str = "run"  # first part of the name of the run's directory
@@ -142,6 +143,14 @@ def find_model(name):
     if not path.exists() or (path.is_dir() and not (path / "config.json").exists()):
         raise ValueError(f"--model {path} holds no model: make 05 and make 07 train them")
     return path
+
+
+def version(path):
+    """What tells a model from the one that was there before."""
+    if path is None:
+        return None
+    file = path / "model.safetensors" if path.is_dir() else path
+    return [str(path.resolve()), file.stat().st_mtime if file.exists() else None]
 
 
 def load_model(path, device, dtype=torch.float32):
@@ -236,9 +245,8 @@ def read(data, sha256=None, kinds=""):
         wanted = [kind.strip() for kind in kinds.split(",") if kind.strip()] or questions.KINDS
         if unknown := set(wanted) - set(questions.KINDS):
             raise ValueError(f"--kinds {min(unknown)} is none of {', '.join(questions.KINDS)}")
-        found = questions.dataset()
-        found = [[c for c in part if c["kind"] in wanted] for part in found]
-        return *found, f"{len(found[0]):,} examples of the plays, {len(found[1]):,} held out"
+        found = questions.dataset(wanted)
+        return *found, f"{len(found[0]):,} conversations on the plays, {len(found[1]):,} held out"
     form, conversations, empty = forms.read_conversations(data, sha256)
     found = forms.split(conversations)
     said = f"{form}: {len(found[0]):,} conversations, {len(found[1]):,} held out"
@@ -277,16 +285,19 @@ def train(given):
     n = sum(p.numel() for p in model.parameters())
     auto = "lora" if n > 5e7 else "small"
     name = auto if options.preset == "auto" else options.preset
-    preset = dict(PRESETS[name])
-    context = options.context_length or preset.pop("context_length")
-    preset.pop("context_length", None)
-    how = build(sft.TrainConfig, given, **preset)
+    how = build(sft.TrainConfig, given, **PRESETS[name])
+    context = options.context_length or CONTEXT[name]
+    if asked.max_new_tokens >= max(context, model.config.context_length):
+        raise ValueError(
+            f"--max_new_tokens {asked.max_new_tokens} leaves no room for a question in {context}"
+        )
     torch.manual_seed(how.seed)
     base = before_tuning(model, options.template if options.template == "own" else "auto")
     rows = sft_before(model, base, test, asked, path, options)
     tokenizer, template, added = with_template(model, options.template)
     model.config.context_length = max(model.config.context_length, context)
-    encoded, report = sft.encode_all(examples, tokenizer, template, context, how.learn)
+    listed = progress(iterable=examples, desc="encoding")
+    encoded, report = sft.encode_all(listed, tokenizer, template, context, how.learn)
     if how.lora_rank:
         size = (how.lora_rank, how.lora_alpha, how.lora_dropout)
         lora.add_lora(model, *size, how.lora_targets, how.lora_layers)
@@ -303,10 +314,10 @@ def train(given):
     loader = sft.ExampleLoader(*text, how.seed)
     per_epoch = len(loader.epoch(0))
     how.steps = how.steps or max(1, round(how.epochs * per_epoch))
-    plan = asdict(how) | asdict(asked) | dict(data=options.data, examples=len(encoded))
-    plan |= dict(kinds=options.kinds)
-    plan |= dict(model=path and str(path.resolve()), context=context, template=template.name)
-    code = b"".join((HERE / f"{m}.py").read_bytes() for m in ("transformer", "questions", "forms"))
+    plan = asdict(how) | asdict(asked) | dict(data=options.data, context=context)
+    plan |= dict(examples=sha256(json.dumps(encoded).encode()).hexdigest()[:8])
+    plan |= dict(model=version(path), template=template.name)
+    code = b"".join((HERE / f"{m}.py").read_bytes() for m in ("transformer", "optimizers", "lora"))
     plan |= dict(code=sha256(code).hexdigest()[:8], device=device.type)
     run = Run(sft.__file__, plan, options.run, options.fresh)
     if run.result:
@@ -377,8 +388,7 @@ def train(given):
 def sft_before(model, base, test, asked, path, options):
     """What the model answers before it is tuned, kept beside the tokenizers for the next run."""
     tokenizer, template = base
-    state = [str(path), path and path.stat().st_mtime, options.data, template.name, asdict(asked)]
-    state += [sha256(json.dumps(test).encode()).hexdigest()]
+    state = [version(path), template.name, asdict(asked), json.dumps(test)]
     kept = OUT / "07_sft" / "before" / f"{sha256(repr(state).encode()).hexdigest()[:8]}.json"
     if path is None or not kept.exists():
         most = min(asked.max_new_tokens, model.config.context_length // 2)
@@ -582,7 +592,7 @@ def classify(given):
     )
     per_epoch = len(loader.epoch(0))
     how.steps = how.steps or max(1, round(how.epochs * per_epoch))
-    plan = asdict(how) | asdict(options) | dict(model=path and str(path.resolve()))
+    plan = asdict(how) | asdict(options) | dict(model=version(path))
     run = Run(sft.__file__, plan, options.run, options.fresh)
     print(
         f"data: {options.data}, {len(examples):,} texts of {len(labels)} classes, {len(test):,} "
@@ -684,7 +694,7 @@ def train_quietly(model, loader, config, device):
 
 def ablate(given):
     """train with one thing changed at a time, for the same steps, and compare"""
-    options, how = build(AblateOptions, given), dict(SMALL, steps=400)
+    options, how = build(AblateOptions, given), dict(SMALL)
     device, _, _ = pick_device(given.get("device", "auto"))
     changes = {
         "all": {}, "response": dict(learn="response"), "length": dict(curriculum="length"),
@@ -694,7 +704,7 @@ def ablate(given):
     wanted = options.variants.split(",")
     if unknown := set(wanted) - set(changes):
         raise ValueError(f"--variants {min(unknown)}: there are {', '.join(changes)}")
-    context = how.pop("context_length")
+    context = CONTEXT["small"]
     examples, held_out, _ = read("plays")
     test, results = tested(held_out, 300), {}
     for seed in range(1, options.seeds + 1):

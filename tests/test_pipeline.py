@@ -77,6 +77,27 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
     assert theirs.config.num_local_experts == 4
     again = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
     assert again.tolist() == ids.tolist()
+    # Fine-tuned to answer, the same dense model talks in 04's chat and in transformers as in 07.
+    pytest.importorskip("jinja2")
+    chats = tmp_path / "chats.jsonl"
+    rows = [dict(prompt=f"Who lives by the {a}?", response=f"The {a}.") for a in nouns]
+    chats.write_text("\n".join(map(json.dumps, rows * 3)))
+    how = "--steps 60 --tokens_per_step 256 --eval_every 30 --max_new_tokens 8 --device cpu"
+    run(tmp_path, "07_sft/run.py", "train", "--data", chats, *how.split())
+    tuned = tmp_path / "07_sft" / "latest"
+    answer = run(tmp_path, "07_sft/run.py", "ask", "--prompt", "Who lives by the hen?").strip()
+    assert answer in [row["response"] for row in rows]  # of the form it learned, and it stopped
+    ask = ("chat", "--model", tuned, "--ask", "Who lives by the hen?", "--temperature", 0)
+    assert run(tmp_path, "04_modern/run.py", *ask, "--max_new_tokens", 8).strip() == answer
+    words = transformers.AutoTokenizer.from_pretrained(tuned)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tuned)
+    asked = [dict(role="user", content="Who lives by the hen?")]
+    prompt = words.apply_chat_template(
+        asked, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+    new = words.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert new.strip() == answer
 
 
 def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):
