@@ -126,12 +126,13 @@ def conversation(turns, kind):
     return dict(messages=messages, kind=kind)
 
 
-def dataset(kinds=KINDS, seed=1, n_sums=2000, n_repeats=12000):
+def dataset(kinds=KINDS, seed=1, n_repeats=12000):
     """(training, held-out) conversations of some kinds, shuffled; the same seed gives the same.
 
     In training a passage is asked several things in a row, held out it is a conversation for each:
     two of the answerable kinds and, of a quarter of the passages, an open one. Lines to repeat are
-    the short way to learn to copy. The sums are of two numbers below 100, others held out."""
+    the short way to learn to copy. The 2,000 sums are of numbers of one and two digits; 200 others
+    are held out."""
     parts, lines, draw = [[], []], [[], []], random.Random(seed)
     for name, items in sorted(common.plays().items()):
         here = name in common.HELD_OUT
@@ -151,16 +152,20 @@ def dataset(kinds=KINDS, seed=1, n_sums=2000, n_repeats=12000):
                 (first, answer), *rest = (turn for _, turn in turns)
                 asked = f"{render(speeches)}\n\n{first}"
                 parts[0].append(conversation([(asked, answer), *rest], "passage"))
-    pairs = draw.sample([(a, b) for a in range(100) for b in range(100)], n_sums + n_sums // 10)
-    sums = [(dict(a=a, b=b), str(a + b)) for a, b in pairs]
-    for here, some in enumerate((sums[:n_sums], sums[n_sums:])):
+    numbers = [(a, b) for a in range(100) for b in range(100)]
+    pairs = [(a, b) for a, b in numbers if max(a, b) < 10]
+    pairs += draw.sample([(a, b) for a, b in numbers if min(a, b) < 10 <= max(a, b)], 900)
+    pairs += draw.sample([(a, b) for a, b in numbers if min(a, b) >= 10], 1200)
+    draw.shuffle(pairs)
+    for here, some in enumerate((pairs[200:], pairs[:200])):
         kept = draw.sample([line for line in lines[here] if 12 < len(line) < 60], n_repeats)
-        found = [("sum", *one) for one in some]
-        found += [("repeat", dict(line=line), line) for line in kept]
-        for kind, asked, answer in found:
-            question = draw.choice(PHRASES[kind]).format(**asked)
+        found = [("repeat", draw.choice(PHRASES["repeat"]), dict(line=line), line) for line in kept]
+        for a, b in some:  # in training in all phrases: one pass over 2,000 sums teaches nothing
+            phrases = [draw.choice(PHRASES["sum"])] if here else PHRASES["sum"]
+            found += [("sum", phrase, dict(a=a, b=b), str(a + b)) for phrase in phrases]
+        for kind, phrase, asked, answer in found:
             if kind in kinds:
-                parts[here].append(conversation([(question, answer)], kind))
+                parts[here].append(conversation([(phrase.format(**asked), answer)], kind))
         draw.shuffle(parts[here])
         n_repeats //= 10
     return parts

@@ -42,7 +42,7 @@ from common import (
 HERE = Path(__file__).resolve().parent
 # What a preset changes in TrainConfig. small trains all of a small model, lora a little of a real
 # one (1,500 tokens in a step are about 15 of the plays' questions).
-SMALL = dict(optimizer="muon", max_lr=4e-3, weight_decay=0.05, epochs=1.0)
+SMALL = dict(optimizer="muon", max_lr=6e-3, weight_decay=0.05, epochs=1.0)
 SMALL |= dict(tokens_per_step=2048, curriculum="length", warmup_steps=20, eval_every=200)
 LORA = dict(optimizer="adamw", max_lr=1e-3, lora_rank=16, epochs=2.0)
 LORA |= dict(tokens_per_step=2048, warmup_steps=5, eval_every=20, eval_examples=50)
