@@ -68,14 +68,14 @@ sample: $(SETUP) ## print text from the newest GPT: make sample PROMPT="ROMEO:"
 06: tokenizer ## train a mixture of experts and show its routers (UPCYCLE=directory starts from a dense model)
 	$(PYTHON) 06_moe/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(UPCYCLE),--upcycle "$(UPCYCLE)") $(ARGS)
 
-base: tokenizer
+base: $(SETUP)
 	@test -e out/05_scaling/latest/model.safetensors || test -e out/04_modern/latest/model.safetensors || \
-	  $(MAKE) --no-print-directory 05 ARGS= DATA= PRESET= STORE= MODEL=
+	  $(MAKE) --no-print-directory 05 ARGS= DATA= PRESET= STORE=
 
 07: $(if $(MODEL),$(SETUP_WEIGHTS),base) ## fine-tune the newest model to answer questions (MODEL=smollm2 with LoRA, DATA=file)
 	$(PYTHON) 07_sft/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-classify: $(if $(MODEL),$(SETUP_WEIGHTS),base) ## sort speeches by the kind of their play, beside TF-IDF
+classify: $(SETUP_DEV) $(if $(MODEL),$(SETUP_WEIGHTS),base) ## sort speeches by the kind of their play, beside TF-IDF
 	$(PYTHON) 07_sft/run.py classify $(DATA_FLAG) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 collapse: tokenizer ## the routers of a mixture without balancing, and two cures

@@ -1,6 +1,6 @@
 """Ours against TRL's SFTTrainer: examples/s and the loss curve, on the plays' questions.
 
-Both start from the same weights (the newest of 05 and 04, or a random model of that shape), get the
+Both start from the same weights (05's newest, else 04's, else random ones), get the
 same tokenised examples, pack them best fit first into rows of one length, take as many rows a step,
 AdamW, learning rates and clipping in float32, and learn the answers only. Each round trains both
 from the start, in turn, in one process; data and set-up do not count. TRL without packing and ours

@@ -243,12 +243,14 @@ def add_tokens(files, template):
     tokenizer_config.json. Without a tokenizer.json it is one of bytes."""
     text = files.get("tokenizer.json")
     data = json.loads(text) if text else byte_tokenizer()
-    known = data["model"]["vocab"] | {t["content"]: t["id"] for t in data["added_tokens"]}
-    added, free = [], max(known.values()) + 1
+    special, vocab = {t["content"]: t["id"] for t in data["added_tokens"]}, data["model"]["vocab"]
+    added, free = [], max((special | vocab).values()) + 1
     for token in template.specials:
-        if token not in known:
-            data["added_tokens"].append(dict(id=free + len(added), content=token) | FLAGS)
+        if token not in special and token not in vocab:
             added.append(token)
+        if token not in special:  # in the vocabulary as a common word it becomes a special one
+            place = vocab.get(token, free + len(added) - 1)
+            data["added_tokens"].append(dict(id=place, content=token) | FLAGS)
     config = json.loads(files.get("tokenizer_config.json", "{}"))
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     config |= dict(eos_token=template.end, chat_template=template.source)

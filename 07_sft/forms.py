@@ -11,6 +11,7 @@ Read in this order: records, form_of, conversation, read_conversations; read_lab
 
 import csv
 import glob
+import io
 import json
 import random
 from pathlib import Path
@@ -34,7 +35,7 @@ def records(path):
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     found = []
     if kind == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
@@ -73,9 +74,10 @@ def form_of(record, where):
         return "ShareGPT"
     if "instruction" in record:
         return "Alpaca"
-    for pair in PAIRS:
-        if set(pair) & record.keys():
-            return "/".join(pair)
+    whole = [pair for pair in PAIRS if set(pair) <= record.keys()]
+    part = [pair for pair in PAIRS if set(pair) & record.keys()]
+    if whole or part:
+        return "/".join((whole or part)[0])
     raise ValueError(
         f"{where}: of the fields {', '.join(record) or '(none)'} no form is known: messages, "
         "conversations, instruction and output, prompt and response, question and answer are"
@@ -104,7 +106,9 @@ def conversation(record, form, where):
             if turn.get(role) not in ROLES:
                 known = ", ".join(ROLES)
                 raise ValueError(f"{where} ({form}): role {turn.get(role)!r} is none of {known}")
-            messages.append(dict(role=ROLES[turn[role]], content=turn[content]))
+            message = dict(role=ROLES[turn[role]], content=turn[content])
+            if message["role"] != "assistant" or any(m["role"] == "user" for m in messages):
+                messages.append(message)  # what is said before anything is asked is left out
         return messages
     if form == "Alpaca":
         asked = "\n\n".join(filter(None, (text("instruction"), text("input", ""))))
@@ -118,8 +122,11 @@ def read_conversations(source, sha256=None):
     """(form, conversations, how many were left out because an answer is empty) of a file, a glob or
     a URL. A conversation is {"messages": [...]} and ends with the assistant."""
     paths = [common.download(source, sha256)] if "://" in source else sorted(glob.glob(source))
+    if len(paths) == 1 and Path(paths[0]).is_dir():
+        kinds = (".json", ".jsonl", ".csv")
+        paths = sorted(path for path in Path(paths[0]).rglob("*") if path.suffix in kinds)
     if not paths:
-        raise ValueError(f"--data {source}: there is no such file")
+        raise ValueError(f"--data {source}: there is no such file, nor a directory with any")
     forms, found, empty = set(), [], 0
     for path in paths:
         for where, record in records(path):
@@ -212,9 +219,11 @@ def read_choices(source):
         question, choices, answer = (row.get(k) for k in ("question", "choices", "answer"))
         if not isinstance(question, str) or not isinstance(choices, list) or len(choices) < 2:
             raise ValueError(f"{where}: question, choices (two or more) and answer are wanted")
-        choices = [str(choice) for choice in choices]
+        choices = [str(choice).strip() for choice in choices]
+        if not all(choices):
+            raise ValueError(f"{where}: a choice is empty")
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
-        if answer in choices:
+        if path.suffix != ".csv" and answer in choices:  # there it is a letter, whatever they are
             right = choices.index(answer)
         elif isinstance(answer, str) and answer.strip() in tuple(letters):
             right = letters.index(answer.strip())

@@ -39,11 +39,7 @@ class LoRALinear(nn.Module):
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.parts, self.scale, self.dropout = (
-            parts or {"weight": len(linear.weight)},
-            None,
-            dropout,
-        )
+        self.parts, self.dropout = parts or {"weight": len(linear.weight)}, dropout
         self.scale, self.kept = alpha / rank, None
         d_in, place = linear.weight.shape[1], dict(device=linear.weight.device)
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
@@ -171,11 +167,15 @@ def load_adapter(model, path):
         config = json.loads((Path(path) / "adapter_config.json").read_text())
         tensors = safetensors.torch.load_file(Path(path) / "adapter_model.safetensors")
         how = (config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-        targets = ",".join(config["target_modules"])
+        targets = config["target_modules"]
+        targets = targets if isinstance(targets, str) else ",".join(targets)
         layers = config.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers or []
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is not a whole adapter: {error}") from None
+    more = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    if wrong := [name for name in more if config.get(name)]:
+        raise ValueError(f"the adapter in {path} has {wrong[0]}, which is not supported here")
     add_lora(model, *how, targets, ",".join(map(str, layers)))
     if any("embed_tokens" in name for name in tensors):
         model.token_embedding.requires_grad_(True)

@@ -152,10 +152,10 @@ def dataset(kinds=KINDS, seed=1, n_repeats=12000):
                 (first, answer), *rest = (turn for _, turn in turns)
                 asked = f"{render(speeches)}\n\n{first}"
                 parts[0].append(conversation([(asked, answer), *rest], "passage"))
-    numbers = [(a, b) for a in range(100) for b in range(100)]
-    pairs = [(a, b) for a, b in numbers if max(a, b) < 10]
-    pairs += draw.sample([(a, b) for a, b in numbers if min(a, b) < 10 <= max(a, b)], 900)
-    pairs += draw.sample([(a, b) for a, b in numbers if min(a, b) >= 10], 1200)
+    numbers = [(a, b) for a in range(100) for b in range(a + 1)]  # 5 + 17 is not new after 17 + 5
+    pairs = [(a, b) for a, b in numbers if b < 10]
+    pairs += draw.sample([(a, b) for a, b in numbers if b >= 10], 2200 - len(pairs))
+    pairs = [draw.sample(pair, 2) for pair in pairs]
     draw.shuffle(pairs)
     for here, some in enumerate((pairs[200:], pairs[:200])):
         kept = draw.sample([line for line in lines[here] if 12 < len(line) < 60], n_repeats)

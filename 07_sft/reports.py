@@ -44,15 +44,18 @@ def compare(before, after):
     return table
 
 
-def lines(table):
-    """The table as text: each score before and after, with the interval of 95% of the latter."""
-    found = [f"{'':11}{'n':>5}  {'score':8}{'before':>8}{'after':>8}   95%{'':12}guess"]
+def lines(table, compared=True):
+    """The table as text: each score before, where that was measured, and after, with the interval
+    of 95% of the latter."""
+    heads = f"{'before':>8}{'after':>8}" if compared else f"{'':8}{'now':>8}"
+    found = [f"{'':11}{'n':>5}  {'':8}{heads}   95%{'':12}guess"]
     for name, row in table.items():
         for score in SHOWN if name in ("all", "answerable") else ("exact",):
             old, (new, low, high) = row["before"][score][0], row["after"][score]
             guess = f"{row['guess']:.3f}" if score == "exact" and row["guess"] is not None else ""
             span = f"{low:.3f} to {high:.3f}"
-            found.append(f"{name:11}{row['n']:5}  {score:8}{old:8.3f}{new:8.3f}   {span:15}{guess}")
+            first = f"{old:8.3f}" if compared else f"{'':8}"
+            found.append(f"{name:11}{row['n']:5}  {score:8}{first}{new:8.3f}   {span:15}{guess}")
     return found
 
 

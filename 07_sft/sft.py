@@ -8,7 +8,7 @@ matrix (LoRA) can be enough; and whether any of it helped is measured against go
 Parent: 04_modern/modern.py
 New: render_chat, protect, encode_text, encode_example, encode_prompt, encode_all, pack, collate,
     ExampleLoader, sft_loss, difficulty, Classifier, classifier_loss, classify, response_nats,
-    gold_pairs, validation, score_choices
+    gold_pairs, validation, stop_tokens, score_choices
 Changed: TrainConfig, train, evaluate
 
 Read in this order: render_chat and encode_example; pack to sft_loss; lora.py; train; evaluate; then
@@ -40,12 +40,12 @@ import numpy as np
 import safetensors.torch
 import scores
 import torch
-from lora import LORA_TARGETS
+from lora import LORA_TARGETS, LoRALinear  # noqa: F401
 from optimizers import clip_gradients, load_state, lr_schedule, optimizers_of, save_state
 from torch import nn
 from transformer import TransformerLM, cross_entropy
 
-from common import EOT, atomic
+from common import EOT, atomic, progress
 
 # ---- conversations as tokens
 
@@ -185,10 +185,10 @@ def pack(examples, context_length):
     return rows
 
 
-def collate(rows, device="cpu"):
+def collate(rows, device="cpu", always=False):
     """(ids, mask, documents) of rows of examples, (B, T) each, padded on the right: documents
     numbers the examples of a row, -1 is padding; None where each row has one, as then nothing that
-    counts can see a pad."""
+    counts can see a pad, unless `always`, which noise needs to know the lengths."""
     T = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids, mask = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), bool)
     documents = np.full((len(rows), T), -1)
@@ -198,7 +198,7 @@ def collate(rows, device="cpu"):
             stop = start + len(tokens)
             ids[i, start:stop], mask[i, start:stop], documents[i, start:stop] = tokens, learned, n
             start = stop
-    alone = all(len(row) == 1 for row in rows)
+    alone = not always and all(len(row) == 1 for row in rows)
     tensors = (torch.from_numpy(x).to(device) for x in (ids, mask, documents))
     return (*list(tensors)[:2], None) if alone else tuple(tensors)
 
@@ -360,6 +360,8 @@ def train(model, loader, loss_of, validate, save, config, run, device="cpu", dty
     if run.resume and path.exists():
         found = load_state(path, model, optimizers)
         state = {name: found[name] for name in state}
+        if state["since_best"] >= config.patience:  # it had stopped early and is asked for more
+            state["since_best"] = 0
     loader.position = tuple(state["position"])
 
     def stop(number, _):
@@ -466,6 +468,13 @@ def validation(model, tokenizer, pairs):
     return dict(val_loss=nats / tokens, val_bpb=nats / size / math.log(2))
 
 
+def stop_tokens(model, tokenizer, template):
+    """The ids that end an answer: the template's, the end of text, and what the model names."""
+    found = {tokenizer.special[n] for n in (template.end, EOT) if n in tokenizer.special}
+    named = model.token_ids.get("eos_token_id")
+    return found | set(named if isinstance(named, list) else [named]) - {None}
+
+
 def evaluate(model, tokenizer, template, conversations, max_new_tokens=64, batch_size=64):
     """What the model answers in the place of each conversation's last message, the gold answer:
     [{"prompt", "gold", "answer", "kind", "stopped", "exact", "f1", "rouge_l", "nats", "bytes"}].
@@ -479,7 +488,7 @@ def evaluate(model, tokenizer, template, conversations, max_new_tokens=64, batch
             f"--max_new_tokens {max_new_tokens} leaves no room for a question in the context of "
             f"{model.config.context_length} tokens"
         )
-    stops = {tokenizer.special[n] for n in (template.end, EOT) if n in tokenizer.special}
+    stops = stop_tokens(model, tokenizer, template)
     pairs = gold_pairs(conversations, tokenizer, template, model.config.context_length)
     prompts, rows = [prompt[-most:] for prompt, _ in pairs], []
     for conversation in conversations:
@@ -487,6 +496,7 @@ def evaluate(model, tokenizer, template, conversations, max_new_tokens=64, batch
         rows.append(dict(prompt=asked[-1]["content"], gold=gold["content"]))
         rows[-1]["kind"] = conversation.get("kind")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    bar = progress(total=len(order), desc="answering")
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         settings = dict(stop_tokens=stops, temperature=0)
@@ -495,6 +505,8 @@ def evaluate(model, tokenizer, template, conversations, max_new_tokens=64, batch
             stopped = bool(new) and new[-1] in stops
             answer = tokenizer.decode(new[:-1] if stopped else new).strip()
             rows[i] |= dict(answer=answer, stopped=stopped) | scores.of(answer, rows[i]["gold"])
+        bar.update(len(part))
+    bar.close()
     for row, (_, response), nats in zip(rows, pairs, response_nats(model, pairs)):
         row |= dict(nats=nats, bytes=len(tokenizer.decode(response).encode()))
     return rows

@@ -42,7 +42,7 @@ ALPACA_TASK = (
 
 
 def alpaca(messages, add_generation_prompt=False):
-    parts = [ALPACA_TASK] if messages[0]["role"] != "system" else []
+    parts = [ALPACA_TASK] if not messages or messages[0]["role"] != "system" else []
     for m in messages:
         if m["role"] == "system":
             parts.append(m["content"])
@@ -138,9 +138,9 @@ def choose(name, directory=None):
         path = Path(directory) / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         jinja = (Path(directory) / "chat_template.jinja").exists()
-        known = {CHATML: "chatml", ALPACA: "alpaca"}.get(config.get("chat_template"))
-        if known and not jinja:
-            return PlainTemplate(known)
+        for known, source in (("chatml", CHATML), ("alpaca", ALPACA)):
+            if config.get("chat_template") == source and not jinja:
+                return PlainTemplate(known)
         if name == "own" or jinja or config.get("chat_template"):
             return ChatTemplate(directory)
     if name == "own":

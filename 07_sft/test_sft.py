@@ -443,13 +443,22 @@ def test_peft_loads_our_adapter_and_we_load_pefts(how, tmp_path):
 def test_a_trained_embedding_travels_with_the_adapter(tmp_path):
     model = lora_model()
     checkpoints.resize(model, 62)
+    model.eval()
     model.token_embedding.requires_grad_(True)
     model.output.requires_grad_(True)
-    lora.save_adapter(model, tmp_path, "base")
     other = new_model()
     checkpoints.resize(other, 62)
+    other.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.token_embedding.weight.add_(0.3)
+    lora.save_adapter(model, tmp_path, tmp_path / "base")
     ids = torch.randint(62, (2, 9))
-    torch.testing.assert_close(lora.load_adapter(other, tmp_path)(ids), model(ids))
+    logits = model(ids)
+    torch.testing.assert_close(lora.load_adapter(other, tmp_path).eval()(ids), logits)
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-5, rtol=1e-4)
 
 
 def test_wrong_lora_is_refused(tmp_path):
@@ -464,6 +473,10 @@ def test_wrong_lora_is_refused(tmp_path):
     lora.save_adapter(lora_model(), tmp_path, "base")
     with pytest.raises(ValueError, match="does not fit this model: .*layers.2"):
         lora.load_adapter(new_model(n_layers=3), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | dict(use_rslora=True)))
+    with pytest.raises(ValueError, match="has use_rslora"):
+        lora.load_adapter(new_model(), tmp_path)
 
 
 # ---- checkpoints
@@ -482,6 +495,19 @@ def test_new_tokens_enlarge_the_embedding_and_change_no_old_logit(tmp_path):
         torch.testing.assert_close(again(ids + 2), model(ids + 2))
         checkpoints.resize(model, 50)
         assert model.config.vocab_size == 63
+
+
+def test_a_token_that_is_a_common_word_becomes_special(tmp_path):
+    chatml = templates.choose("chatml")
+    files, _ = checkpoints.add_tokens({}, templates.choose("alpaca"))
+    data = json.loads(files["tokenizer.json"])
+    data["model"]["vocab"]["<|im_end|>"] = 257
+    files, added = checkpoints.add_tokens({"tokenizer.json": json.dumps(data)}, chatml)
+    assert added == ["<|im_start|>"]
+    (tmp_path / "tokenizer.json").write_text(files["tokenizer.json"])
+    assert common.Tokenizer(tmp_path).special == {
+        common.EOT: 256, "<|im_end|>": 257, "<|im_start|>": 258
+    }  # fmt: skip
 
 
 def test_a_tokenizer_keeps_its_words_and_gains_the_templates_tokens(tmp_path):
@@ -596,12 +622,15 @@ def test_each_form_is_recognised_and_gives_the_same(tmp_path):
         ("d.jsonl", '{"prompt": "Hi", "response": "Ho"}', "prompt/response"),
         ("e.csv", "prompt,response\nHi,Ho\n", "prompt/response"),
         ("f.jsonl", '{"question": "Hi", "answer": "Ho"}', "question/answer"),
+        ("i.jsonl", '{"prompt": "Hi", "completion": "Ho"}', "prompt/completion"),
     ):
         (tmp_path / name).write_text(text)
         assert forms.read_conversations(str(tmp_path / name)) == (form, [dict(messages=HI)], 0)
     form, found, _ = forms.read_conversations(str(tmp_path / "*.jsonl"))
-    assert len(found) == 4
-    assert form == "OpenAI messages, ShareGPT, prompt/response, question/answer"
+    assert len(found) == 5 and form == (
+        "OpenAI messages, ShareGPT, prompt/completion, prompt/response, question/answer"
+    )
+    assert len(forms.read_conversations(str(tmp_path))[1]) == 7  # and a directory of them
     (tmp_path / "g.json").write_text(json.dumps([dict(instruction="A", input="B", output="C")] * 2))
     _, found, _ = forms.read_conversations(str(tmp_path / "g.json"))
     assert found[0]["messages"][0]["content"] == "A\n\nB"
@@ -638,10 +667,11 @@ def test_what_is_wrong_with_a_data_set_is_said_with_its_place(name, text, words,
 
 def test_empty_answers_and_unanswered_ends_are_left_out(tmp_path):
     rows = [dict(messages=HI), dict(messages=[*HI, HI[0]]), dict(messages=HI[:1])]
+    rows += [dict(messages=[HI[1]]), dict(messages=[HI[1], *HI])]  # what comes before a question
     rows.append(dict(messages=[HI[0], dict(role="assistant", content="")]))
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     _, found, empty = forms.read_conversations(str(tmp_path / "a.jsonl"))
-    assert found == [dict(messages=HI)] * 2 and empty == 2
+    assert found == [dict(messages=HI)] * 3 and empty == 3
 
 
 def test_labelled_texts_in_three_layouts(tmp_path):
@@ -666,9 +696,11 @@ def test_choices_in_two_layouts(tmp_path):
     rows = [dict(question="q", choices=["a", "b"], answer=a) for a in (1, "B", "b")]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert forms.read_choices(str(tmp_path / "a.jsonl")) == [("q", ["a", "b"], 1)] * 3
-    (tmp_path / "a.csv").write_text('"q, or?",w,x,y,z,C\n')
-    assert forms.read_choices(str(tmp_path / "a.csv")) == [("q, or?", ["w", "x", "y", "z"], 2)]
+    (tmp_path / "a.csv").write_text('"q, or?",w,x,y,z,C\ntype?,O,A,B,AB,A\n')
+    found = forms.read_choices(str(tmp_path / "a.csv"))
+    assert found == [("q, or?", ["w", "x", "y", "z"], 2), ("type?", ["O", "A", "B", "AB"], 0)]
     for bad in (dict(question="q", choices=["a"], answer=0),
+                dict(question="q", choices=["a", ""], answer=0),
                 dict(question="q", choices=["a", "b"], answer="C")):  # fmt: skip
         (tmp_path / "b.jsonl").write_text(json.dumps(bad))
         with pytest.raises(ValueError, match="b.jsonl, line 1"):
@@ -681,15 +713,19 @@ def plays():
     return questions.dataset()
 
 
+def pattern(phrase):
+    parts = re.split(r"\\{(\w+)\\}", re.escape(phrase))
+    parts[1::2] = [f"(?P<{name}>.+)" for name in parts[1::2]]
+    return re.compile("".join(parts))
+
+
+PATTERNS = [(kind, pattern(phrase)) for kind, some in questions.PHRASES.items() for phrase in some]
+
+
 def understood(question):
     """(kind, what it asks about) of a question."""
-    for kind, phrases in questions.PHRASES.items():
-        for phrase in phrases:
-            parts = re.split(r"\\{(\w+)\\}", re.escape(phrase))
-            parts[1::2] = [f"(?P<{name}>.+)" for name in parts[1::2]]
-            if match := re.fullmatch("".join(parts), question):
-                return kind, match.groupdict()
-    raise AssertionError(question)
+    found = ((kind, known.fullmatch(question)) for kind, known in PATTERNS)
+    return next((kind, match.groupdict()) for kind, match in found if match)
 
 
 def test_the_plays_questions_are_right(plays):
@@ -728,19 +764,23 @@ def test_the_plays_questions_are_right(plays):
 
 def test_nothing_held_out_is_trained_on(plays):
     train, held_out = plays
+    learned, test = forms.read_labelled("plays")
+    assert len(learned) + len(test) == 11_265 and len({kind for _, kind in test}) == 6
     texts = {name: common.render(items) for name, items in common.plays().items()}
     kept = "\n".join(texts[name] for name in common.HELD_OUT)
     for c in train:
         if c["kind"] == "passage":
             passage = c["messages"][0]["content"].rsplit("\n\n", 1)[0]
             assert len(passage) < 120 or passage not in kept
+    assert not any(text in kept for text, _ in learned if len(text) > 150)
+    assert all(text in kept for text, _ in test)
     for c in held_out:
         if c["kind"] in questions.ANSWERABLE + questions.OPEN:
             assert c["messages"][0]["content"].split("\n\n")[0] in kept
 
     def numbers(part):
         asked = [c["messages"][0]["content"] for c in part if c["kind"] == "sum"]
-        return {tuple(re.findall(r"\d+", text)) for text in asked}
+        return {tuple(sorted(re.findall(r"\d+", text))) for text in asked}  # 5 + 17 is 17 + 5
 
     assert len(numbers(held_out)) == 200 and len(numbers(train)) == 2000
     assert not numbers(train) & numbers(held_out)
@@ -815,6 +855,26 @@ def test_choices_are_scored_as_transformers_would(tmp_path):
             assert size == len(choice)
 
 
+def test_a_run_that_stopped_early_goes_on_when_asked(tmp_path):
+    def fit(steps, resume):
+        model, lines = new_model(), []
+        run = SimpleNamespace(dir=tmp_path, resume=resume, log=lambda **line: lines.append(line))
+        how = sft.TrainConfig(steps=steps, eval_every=1, patience=2, warmup_steps=1)
+        sft.train(
+            model, ExampleLoader(some_examples(), 64, 64),
+            lambda rows, total: sft_loss(model, *collate(rows), total),
+            lambda: dict(val_loss=1.0), lambda directory: None, how, run,
+        )  # fmt: skip
+        return [line["step"] for line in lines]
+
+    assert fit(9, resume=False) == [1, 2, 3] and fit(18, resume=True) == [4, 5]
+
+
+def test_public_names_of_the_design():
+    names = "render_chat encode_example pack LoRALinear Classifier sft_loss evaluate"
+    assert all(hasattr(sft, name) for name in names.split())
+
+
 # ---- commands
 
 
@@ -880,9 +940,14 @@ def test_the_command_trains_tells_asks_and_is_read_by_others(command, data, base
     assert code == 0 and "is finished" in out and "--steps 12" in out
     code, out, _ = command(*train, "--steps", 8)
     assert code == 0 and "(going on)" in out
-    for words in (("eval", "--data", data, "--max_new_tokens", 8), ("ask", "--max_new_tokens", 5)):
-        code, out, err = command(*words, "--device", "cpu")
-        assert code == 0, err
+    words = ("eval", "--data", data, "--max_new_tokens", 8, "--device", "cpu")
+    code, out, err = command(*words)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out" / "07_sft" / "eval.json").read_text())
+    exact = scores.interval([row["exact"] for row in rows])[0]
+    assert f"all            4  exact           {exact:8.3f}" in out
+    code, out, err = command("ask", "--max_new_tokens", 5, "--device", "cpu")
+    assert code == 0, err
     (tmp_path / "c.jsonl").write_text('{"question": "Say", "choices": ["a", "b"], "answer": "a"}')
     code, out, _ = command("choose", "--data", tmp_path / "c.jsonl", "--device", "cpu")
     assert code == 0 and "chance               50.0%" in out
@@ -937,6 +1002,7 @@ REFUSED = [
     (("--lora_rank", 2, "--lora_layers", "7"), "no layer 7"),
     (("--max_lr", "nan"), "the loss is"),
     (("--max_new_tokens", 60), "leaves no room"),
+    (("--test_examples", 0), "are at least 1"),
     (("--device", "cuda:7"), "is not to be had here"),
 ]
 
@@ -972,14 +1038,36 @@ def test_classify_learns_and_compares(command, base, tmp_path):
     code, out, err = command(*words)
     assert code == 0, err
     assert "majority     accuracy 0." in out
-    home = (tmp_path / "out" / "07_sft" / "latest").resolve()
+    home = (tmp_path / "out" / "07_sft" / "latest-classifier").resolve()
     result = json.loads((home / "run.json").read_text())["result"]
     assert result["accuracy_ours"] > 0.9 > 0.7 > result["accuracy_majority"]
     assert (home / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    # `latest` stays with the newest model that answers, here none.
+    assert not (tmp_path / "out" / "07_sft" / "latest").exists()
+    code, out, _ = command(*words)
+    assert code == 0 and "(going on)" in out and result["accuracy_ours"] == json.loads(
+        (home / "run.json").read_text()
+    )["result"]["accuracy_ours"]  # fmt: skip
+
+
+def test_an_ablation_changes_one_thing_at_a_time(command, base, tmp_path, monkeypatch, plays):
+    seen = []
+
+    def quick(model, loader, *args, **hooks):
+        config = args[3]
+        seen.append((config.learn, config.curriculum, config.neftune, config.packing))
+        args[4].log(time=1.0)
+
+    monkeypatch.setattr(sft, "train", quick)
+    monkeypatch.setattr(questions, "dataset", lambda kinds=None: [plays[0][:40], plays[1][:400]])
+    code, out, err = command("ablate", "--steps", 2, "--test_examples", 6, "--device", "cpu")
+    assert code == 0, err
+    assert len(set(seen)) == len(seen) == 6
+    assert seen[0] == ("response", "length", 0.0, True) and "seed 1, unpacked" in out
 
 
 def test_a_stopped_run_goes_on_to_the_bit(data, base, tmp_path):
-    words = ["train", "--data", data, "--model", base, *QUICK, "--steps", 30, "--neftune", 5]
+    words = ["train", "--data", data, "--model", base, *QUICK, "--steps", 150, "--neftune", 5]
     words = [sys.executable, HERE / "run.py", *words]
 
     def start(out):
@@ -999,15 +1087,15 @@ def test_a_stopped_run_goes_on_to_the_bit(data, base, tmp_path):
     part.send_signal(signal.SIGTERM)
     assert part.wait(60) == 0
     text = part.stdout.read()
-    if "stopped after step" in text:  # else it was faster than the signal
-        again = start("part")
-        assert again.wait(120) == 0, again.stdout.read()
+    assert "stopped after step" in text, text
+    again = start("part")
+    assert again.wait(120) == 0, again.stdout.read()
 
     def losses(out):
         lines = map(json.loads, open(tmp_path / out / "07_sft" / "latest" / "metrics.jsonl"))
         return {line["step"]: line["train_loss"] for line in lines}
 
-    assert losses("part") == losses("whole") and len(losses("whole")) == 30
+    assert losses("part") == losses("whole") and len(losses("whole")) == 150
     files = [
         tmp_path / out / "07_sft" / "latest" / "model.safetensors" for out in ("part", "whole")
     ]
