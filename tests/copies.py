@@ -55,6 +55,12 @@ def definitions(path):
     return result
 
 
+def shared(path, root=ROOT):
+    """How many definitions a file has in common with its first parent, changed or not."""
+    first = parents(path, root)[:1]
+    return len(definitions(path).keys() & definitions(first[0][0]).keys()) if first else 0
+
+
 def drifted(path, root=ROOT):
     """[(name, the parent's file)] of copies that are not their parent's any more."""
     changed = set(re.findall(r"\w+", field(path, "Changed")))
@@ -94,8 +100,8 @@ def carry(root=ROOT):
 
 def main():
     if sys.argv[1:2] == ["diff"]:
-        # First the file that the others serve: moe.py imports convert.py, and so is longer.
-        for path in sorted(stages(), key=lambda path: -path.stat().st_size):
+        # First the file that has most of its parent in it: the diff of another says little.
+        for path in sorted(stages(), key=lambda path: -shared(path)):
             if path.parent.name.startswith(sys.argv[2] + "_") and parents(path):
                 sys.stdout.flush()
                 return subprocess.run(["diff", "-u", parents(path)[0][0], path]).returncode > 1
