@@ -61,7 +61,7 @@ def lines(table, compared=True):
 
 def plot(table, path):
     """Bars of exact matches, before and after, by kind of question, with intervals."""
-    axes = (figure := Figure(figsize=(8, 4))).subplots()
+    axes = (figure := Figure(figsize=(10, 4))).subplots()
     x = np.arange(len(table))
     for shift, when, colour in ((-0.2, "before", "0.7"), (0.2, "after", "tab:blue")):
         mean, low, high = np.array([row[when]["exact"] for row in table.values()]).T

@@ -227,7 +227,7 @@ class ExampleLoader:
         if n not in self.epochs:
             random = np.random.default_rng((self.seed, n))
             order, steps = random.permutation(len(self.examples)), []
-            if climbs := (n == 0 and self.difficulty is not None):
+            if n == 0 and self.difficulty is not None:
                 # Not strictly: in a batch of one length a model learns to count and not to look.
                 rank = np.argsort(np.argsort(np.asarray(self.difficulty)[order], kind="stable"))
                 order = order[np.argsort(rank + random.uniform(0, len(order), len(order)))]
@@ -235,23 +235,24 @@ class ExampleLoader:
             # of them the order would be one of lengths and not of chance.
             ends = np.cumsum([len(self.examples[i][0]) for i in order]) // (16 * self.tokens)
             for pool in np.split(order, np.flatnonzero(np.diff(ends)) + 1):
-                found = self.bucket([self.examples[i] for i in pool])
-                steps += found if climbs else [found[i] for i in random.permutation(len(found))]
+                steps += self.bucket([self.examples[i] for i in pool], random)
             self.epochs = {n: steps}
         return self.epochs[n]
 
-    def bucket(self, examples):
+    def bucket(self, examples, random):
+        """Steps of these examples, in any order."""
         if self.packing:
             rows = pack(examples, self.context_length)
             most = self.tokens // self.context_length
-            parts = np.array_split(np.arange(len(rows)), -(-len(rows) // most))
+            parts = np.array_split(random.permutation(len(rows)), -(-len(rows) // most))
             return [[rows[i] for i in part] for part in parts]
         steps = [[]]
         for example in sorted(examples, key=lambda example: len(example[0])):
             if (len(steps[-1]) + 1) * len(example[0]) > self.tokens:
                 steps.append([])
             steps[-1].append([example])
-        return [step for step in steps if step]
+        steps = [step for step in steps if step]
+        return [steps[i] for i in random.permutation(len(steps))]
 
     def __next__(self):
         n, step = self.position
