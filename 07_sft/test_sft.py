@@ -1067,7 +1067,20 @@ def test_an_ablation_changes_one_thing_at_a_time(command, base, tmp_path, monkey
 
 
 def test_a_stopped_run_goes_on_to_the_bit(data, base, tmp_path):
-    words = ["train", "--data", data, "--model", base, *QUICK, "--steps", 150, "--neftune", 5]
+    words = [
+        "train",
+        "--data",
+        data,
+        "--model",
+        base,
+        *QUICK,
+        "--steps",
+        150,
+        "--neftune",
+        5,
+        "--patience",
+        99,
+    ]
     words = [sys.executable, HERE / "run.py", *words]
 
     def start(out):
