@@ -20,7 +20,8 @@ Papers
 - Instructions: Ouyang et al. 2022, arXiv 2203.02155; Taori et al. 2023 (Alpaca)
 - Packing: Krell et al. 2021, arXiv 2107.02027; best fit: Ding et al. 2024, arXiv 2404.10830
 - LoRA: Hu et al. 2021, arXiv 2106.09685; noise on embeddings: Jain et al. 2023, arXiv 2310.05914
-- Curriculum: Bengio et al. 2009, doi 10.1145/1553374.1553380
+- Curriculum: Bengio et al. 2009, doi 10.1145/1553374.1553380; by competence: Platanios et al. 2019,
+  arXiv 1903.09848
 - Loss on all tokens or on the answer: Shi et al. 2024, arXiv 2405.14394
 
 Shapes: B batch (rows), T time (tokens), C = d_model, V vocab, N tokens that are learned.
@@ -209,8 +210,8 @@ class ExampleLoader:
     next(loader) is (micro-batches, total): lists of at most micro_batch rows, and the number of
     tokens to learn in all of them, by which the loss of each is to be divided. A step has about
     tokens_per_step tokens, padding among them. With packing a row holds several examples; without,
-    examples of like length come together (bucketing). difficulty, a number for each example: the
-    first epoch goes from the lowest to the highest. `position`, (epoch, step in it), is all its
+    examples of like length come together (bucketing). difficulty, a number for each example: in the
+    first epoch the higher ones join later. `position`, (epoch, step in it), is all its
     state. count(example): what it adds to the total."""
 
     def __init__(
@@ -228,9 +229,9 @@ class ExampleLoader:
             random = np.random.default_rng((self.seed, n))
             order, steps = random.permutation(len(self.examples)), []
             if n == 0 and self.difficulty is not None:
-                # Not strictly: in a batch of one length a model learns to count and not to look.
+                # Each anywhere after its rank: what is hard joins later, what is easy never leaves.
                 rank = np.argsort(np.argsort(np.asarray(self.difficulty)[order], kind="stable"))
-                order = order[np.argsort(rank + random.uniform(0, len(order), len(order)))]
+                order = order[np.argsort(random.uniform(rank, len(order)))]
             # Like lengths, or what fits together, are looked for among 16 steps' examples: in all
             # of them the order would be one of lengths and not of chance.
             ends = np.cumsum([len(self.examples[i][0]) for i in order]) // (16 * self.tokens)
