@@ -870,6 +870,12 @@ def test_a_run_that_stopped_early_goes_on_when_asked(tmp_path):
     assert fit(9, resume=False) == [1, 2, 3] and fit(18, resume=True) == [4, 5]
 
 
+def test_the_plain_guess_is_the_most_frequent_speaker():
+    passage = "A:\nOne\n\nB:\nTwo\n\nC:\nThree\n\nB:\nFour"
+    assert reports.plain_guess(dict(prompt=f"{passage}\n\nWho answers A?")) == "B"
+    assert reports.plain_guess(dict(prompt="What is 2 + 3?")) == ""
+
+
 def test_public_names_of_the_design():
     names = "render_chat encode_example pack LoRALinear Classifier sft_loss evaluate"
     assert all(hasattr(sft, name) for name in names.split())
