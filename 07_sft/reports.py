@@ -1,10 +1,11 @@
-"""What fine-tuning changed: a table before and after, its picture, transcripts, a confusion matrix.
+"""What fine-tuning changed: a table, its picture, transcripts, a confusion matrix; and trackers.
 
 Parent: none
 New: everything
 """
 
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import questions
@@ -113,3 +114,24 @@ def plot_confusion(table, labels, title, path):
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="taken for", ylabel="is", title=title)
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def trackers(run, how):
+    """A function that sends a line of metrics to TensorBoard and Weights & Biases, where wanted."""
+    found = []
+    if how.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(run.dir / "tensorboard"))
+        found.append(
+            lambda line: [
+                board.add_scalar(k, v, line["step"]) for k, v in line.items() if v is not None
+            ]
+        )
+    if how.wandb:
+        import wandb
+
+        settings = dict(config=asdict(how), dir=run.dir, name=run.dir.name, id=run.dir.name)
+        tracked = wandb.init(project="llm-from-nothing", resume="allow", **settings)
+        found.append(lambda line: tracked.log(line, step=line["step"]))
+    return lambda line: [write(line) for write in found]

@@ -14,7 +14,8 @@ Changed: TrainConfig, train, evaluate
 Read in this order: render_chat and encode_example; pack to sft_loss; lora.py; train; evaluate; then
 Classifier. Beside it: transformer.py is 04's model with documents kept apart; templates.py,
 forms.py and questions.py are how a chat is written down, a data set read, one made of the plays;
-scores.py, reports.py, optimizers.py and checkpoints.py are what their names say.
+scores.py, reports.py, optimizers.py and checkpoints.py are what their names say. Of the commands
+run.py has most, sorting.py classify, ablation.py ablate, and sources.py what all of them need.
 
 Papers
 - Instructions: Ouyang et al. 2022, arXiv 2203.02155; Taori et al. 2023 (Alpaca)
@@ -579,8 +580,8 @@ class Classifier(nn.Module):
         head = tensors.pop("score.weight")
         trunk = TransformerLM.build(fields, tensors, files, token_ids, path, device, dtype)
         classifier = cls(trunk, [config["id2label"][str(i)] for i in range(len(head))])
-        classifier.head.weight.data = head
-        return classifier.to(device, dtype)
+        classifier.head.weight.data = head.to(device, dtype)  # the trunk's angles stay float32
+        return classifier
 
 
 def classifier_loss(classifier, rows, total, device="cpu"):
