@@ -78,6 +78,12 @@ base: $(SETUP)
 classify: $(SETUP_DEV) $(if $(MODEL),$(SETUP_WEIGHTS),base) ## sort speeches by the kind of their play, beside TF-IDF
 	$(PYTHON) 07_sft/run.py classify $(DATA_FLAG) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
+tuned: $(SETUP)
+	@test -e out/07_sft/latest/model.safetensors || $(MAKE) --no-print-directory 07 ARGS= DATA= PRESET= MODEL=
+
+08: $(if $(MODEL),$(SETUP_WEIGHTS),tuned) ## train a reward model on pairs of replies (DATA=file, MODEL=directory or smollm2)
+	$(PYTHON) 08_reward/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
 collapse: tokenizer ## the routers of a mixture without balancing, and two cures
 	$(PYTHON) 06_moe/run.py collapse $(DATA_FLAG) $(ARGS)
 
@@ -108,6 +114,9 @@ bench-06: $(SETUP_DEV) tokenizer ## the layer's speed against transformers' Mixt
 bench-07: $(SETUP_BENCH) base ## fine-tuning speed against TRL's SFTTrainer
 	$(PYTHON) 07_sft/bench.py $(ARGS)
 
+bench-08: $(SETUP_BENCH) tuned ## pairs/s and accuracy against TRL's RewardTrainer
+	$(PYTHON) 08_reward/bench.py $(ARGS)
+
 ladder: tokenizer ## 03, 04 and 05 trained for the same time: bits per byte
 	$(PYTHON) tests/ladder.py $(ARGS)
 
@@ -135,4 +144,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 ladder sweep test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify tuned 08 collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 bench-08 ladder sweep test test-slow lint readme copies fork

@@ -10,7 +10,7 @@ import pytest
 FOLDERS = sorted(path.name for path in fork.ROOT.glob("[0-9][0-9]_*"))
 SMALL = "--d_model 16 --n_layers 1 --n_heads 2 --context_length 16 --steps 3 "
 SMALL += "--tokens_per_step 64 --eval_every 3 --device cpu"
-# The smallest run of each stage on {text}, or on {chats}.
+# The smallest run of each stage on {text}, on {chats} or {pairs}.
 MINIMAL = {
     "01_tokenizer": "train --data {text}",
     "02_attention": "measure --max_context 256 --d_model 32 --n_heads 4",
@@ -19,6 +19,7 @@ MINIMAL = {
     "05_scaling": "train --data {text} " + SMALL,
     "06_moe": "train --data {text} " + SMALL + " --n_experts 4",
     "07_sft": "train --data {chats} --steps 3 --tokens_per_step 512 --eval_every 3 --device cpu",
+    "08_reward": "train --data {pairs} --steps 3 --tokens_per_step 512 --eval_every 3 --device cpu",
 }
 
 
@@ -40,7 +41,9 @@ def test_fork_runs_alone(tmp_path, name):
     text.write_text("A small text about nothing much,\nrepeated until it will do.\n" * 100)
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"prompt": "How many?", "response": "Just one."}\n' * 20)
-    words = MINIMAL[name].format(text=text, chats=chats).split()
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "How many?", "chosen": "Just one.", "rejected": "x"}\n' * 20)
+    words = MINIMAL[name].format(text=text, chats=chats, pairs=pairs).split()
     assert words[0] in in_fork(folder, f"{name}/run.py", "--help")
     in_fork(folder, f"{name}/run.py", *words)
     made = {path.name for path in (folder.parent / "out").iterdir()}

@@ -98,6 +98,28 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
     ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
     new = words.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert new.strip() == answer
+    # A reward model grown from it prefers such answers, and transformers gives the same rewards.
+    pairs = tmp_path / "pairs.jsonl"
+    asked = [(f"Who lives by the {a} and the {b}?", f"The {a}.") for a in nouns for b in nouns]
+    rows = [dict(prompt=prompt, chosen=reply, rejected="No.") for prompt, reply in asked]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    how = "--steps 40 --tokens_per_step 512 --eval_every 20 --device cpu"
+    assert "100.0% in order" in run(
+        tmp_path, "08_reward/run.py", "train", "--data", pairs, *how.split()
+    )
+    judge = tmp_path / "08_reward" / "latest"
+    question, replies = "Who lives by the owl?", ["The elk.", "No."]
+    ours = run(
+        tmp_path, "08_reward/run.py", "score", "--prompt", question, "--replies", "|".join(replies)
+    )
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
+    words = transformers.AutoTokenizer.from_pretrained(judge)
+    for reply in replies:
+        asked = [dict(role="user", content=question), dict(role="assistant", content=reply)]
+        text = words.apply_chat_template(asked, tokenize=False).rstrip("\n")
+        reward = theirs(**words(text, return_tensors="pt")).logits.item()
+        line = next(line for line in ours.splitlines() if line.endswith(reply))
+        assert float(line.split()[0]) == pytest.approx(reward, abs=2e-3)
 
 
 def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):
