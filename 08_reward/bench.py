@@ -1,11 +1,11 @@
 """Ours against TRL's RewardTrainer: pairs/s and the accuracy reached, on comparisons of the plays.
 
 Both start from the same weights (07's newest, else 05's or 04's, else random ones) with a head of
-zeros, get the same tokenised pairs once, about as many a step, AdamW, learning rates and clipping
-in float32. Each round trains both from the start, in turn, in one process; data and set-up do not
-count. Ours reads a prompt once for all of its replies; a third run has each pair by itself, its two
-replies after one prompt. Held-out pairs are judged by each. The machine's plain matrix product is
-measured beside.
+zeros and one block more, get the same tokenised pairs once, about as many a step, AdamW, learning
+rates and clipping in float32. Each round trains both from the start, in turn, in one process; data
+and set-up do not count. Ours reads a prompt once for all of its replies; a third run has each pair
+by itself, its two replies after one prompt. Held-out pairs are judged by each. The machine's plain
+matrix product is measured beside.
 """
 
 import json
@@ -107,6 +107,7 @@ def prepare(o):
     trunk = inputs.load_model(inputs.find_model(None), torch.device("cpu"))
     tokenizer, template, _ = inputs.with_template(trunk, "auto")
     trunk.config.context_length = max(trunk.config.context_length, o.context_length)
+    reward.deepen(trunk, 1)
     reward.RewardModel(trunk).save_pretrained(HOME / "start")
     learned, held_out = preferences.dataset()
     if not 6 * o.batch <= o.pairs <= len(learned):

@@ -113,7 +113,7 @@ def plot(rows, before, path):
     kinds.axvline(0.5, color="black", linewidth=0.8)
     kinds.set_yticks(y, [f"{name} ({len(part)})" for name, part in parts.items()])
     kinds.set(xlabel="share of pairs in the right order", xlim=(0, 1))
-    kinds.legend(loc="lower right")
+    kinds.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     table, error = calibration(rows)
     claimed, right, _ = np.array(table).T
     reliability.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.8)

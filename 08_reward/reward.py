@@ -13,8 +13,8 @@ New: encode_reply, group, compared, RewardModel, deepen, bradley_terry_loss, mar
 Changed: TrainConfig, encode_all, collate, evaluate
 
 Read in this order: encode_reply to collate; RewardModel and deepen; the two losses; score and
-evaluate; shape_reward. Between them render_chat, protect, encode_text, encode_prompt, pack, ExampleLoader
-and train are 07's. Beside it: trunk.py is 07's model with branches; pairs.py reads
+evaluate; shape_reward. Between them render_chat, protect, encode_text, encode_prompt, pack,
+ExampleLoader and train are 07's. Beside it: trunk.py is 07's model with branches; pairs.py reads
 comparisons in three forms, preferences.py makes them of the plays; figures.py, inputs.py, optim.py,
 chats.py and formats.py are what their names say.
 
