@@ -131,8 +131,8 @@ def dataset(kinds=KINDS, seed=1, n_repeats=12000):
 
     In training a passage is asked several things in a row, held out it is a conversation for each:
     two of the answerable kinds and, of a quarter of the passages, an open one. Lines to repeat are
-    the short way to learn to copy. The 2,000 sums are of numbers of one and two digits; 200 others
-    are held out."""
+    the short way to learn to copy. The 2,000 sums are of numbers of one and two digits, five of
+    them in a conversation, each in all phrases and twice; 200 others are held out."""
     parts, lines, draw = [[], []], [[], []], random.Random(seed)
     for name, items in sorted(common.plays().items()):
         here = name in common.HELD_OUT
@@ -159,13 +159,18 @@ def dataset(kinds=KINDS, seed=1, n_repeats=12000):
     draw.shuffle(pairs)
     for here, some in enumerate((pairs[200:], pairs[:200])):
         kept = draw.sample([line for line in lines[here] if 12 < len(line) < 60], n_repeats)
-        found = [("repeat", draw.choice(PHRASES["repeat"]), dict(line=line), line) for line in kept]
-        for a, b in some:  # in training in all phrases: one pass over 2,000 sums teaches nothing
-            phrases = [draw.choice(PHRASES["sum"])] if here else PHRASES["sum"]
-            found += [("sum", phrase, dict(a=a, b=b), str(a + b)) for phrase in phrases]
-        for kind, phrase, asked, answer in found:
-            if kind in kinds:
-                parts[here].append(conversation([(phrase.format(**asked), answer)], kind))
+        single = [
+            ("repeat", draw.choice(PHRASES["repeat"]).format(line=line), line) for line in kept
+        ]
+        sums = [(phrase.format(a=a, b=b), str(a + b)) for a, b in some for phrase in PHRASES["sum"]]
+        if here:
+            single += [("sum", *draw.choice(sums[i : i + 4])) for i in range(0, len(sums), 4)]
+            sums = []
+        found = [([(question, answer)], kind) for kind, question, answer in single]
+        for _ in range(2):  # a pass over each sum once, alone and early, teaches nothing
+            draw.shuffle(sums)
+            found += [(sums[i : i + 5], "sum") for i in range(0, len(sums), 5)]
+        parts[here] += [conversation(turns, kind) for turns, kind in found if kind in kinds]
         draw.shuffle(parts[here])
         n_repeats //= 10
     return parts

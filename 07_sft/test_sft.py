@@ -779,7 +779,8 @@ def test_nothing_held_out_is_trained_on(plays):
             assert c["messages"][0]["content"].split("\n\n")[0] in kept
 
     def numbers(part):
-        asked = [c["messages"][0]["content"] for c in part if c["kind"] == "sum"]
+        turns = [m for c in part if c["kind"] == "sum" for m in c["messages"]]
+        asked = [m["content"] for m in turns if m["role"] == "user"]
         return {tuple(sorted(re.findall(r"\d+", text))) for text in asked}  # 5 + 17 is 17 + 5
 
     assert len(numbers(held_out)) == 200 and len(numbers(train)) == 2000
