@@ -8,12 +8,12 @@ Last, what may be done to a reward before a policy is trained on it, and which o
 leave the best policy as it was.
 
 Parent: 07_sft/sft.py
-New: encode_reply, group, compared, RewardModel, deepen, bradley_terry_loss, margin_ranking_loss,
-    preference_loss, score, likelihoods, Whitening, shape_reward
+New: encode_reply, group, compared, RewardModel, deepen, freeze, bradley_terry_loss,
+    margin_ranking_loss, preference_loss, score, likelihoods, Whitening, shape_reward
 Changed: TrainConfig, encode_all, collate, evaluate
 
-Read in this order: encode_reply to collate; RewardModel and deepen; the two losses; score and
-evaluate; shape_reward. Between them render_chat, protect, encode_text, encode_prompt, pack,
+Read in this order: encode_reply to collate; RewardModel, deepen and freeze; the two losses; score
+and evaluate; shape_reward. Between them render_chat, protect, encode_text, encode_prompt, pack,
 ExampleLoader and train are 07's. Beside it: trunk.py is 07's model with branches; pairs.py reads
 comparisons in three forms, preferences.py makes them of the plays; figures.py, inputs.py, optim.py,
 chats.py and formats.py are what their names say.
@@ -24,7 +24,8 @@ Papers
   all replies to a prompt in one batch element: Ouyang et al. 2022, arXiv 2203.02155
 - Margins: Touvron et al. 2023 (Llama 2), arXiv 2307.09288; centring: Eisenstein et al. 2023,
   arXiv 2312.09244; length as a shortcut: Singhal et al. 2023, arXiv 2310.03716
-- Blocks that begin as the identity: Wu et al. 2024, arXiv 2401.02415
+- Blocks that begin as the identity: Wu et al. 2024, arXiv 2401.02415; the rest frozen at first:
+  Kumar et al. 2022, arXiv 2202.10054
 - Shaping that keeps the best policy: Ng, Harada and Russell 1999 (ICML)
 
 Shapes: B batch (rows), T time (tokens), C = d_model, V vocab, R replies in a batch, P comparisons.
@@ -389,6 +390,18 @@ def deepen(trunk, n):
         config.n_layers += 1
 
 
+def freeze(model, n_new, frozen):
+    """Let nothing of a RewardModel learn but its head, the last norm and the last n_new blocks; or,
+    not `frozen`, all of it.
+
+    While the head and new blocks know nothing yet, what comes back from them is noise, and it would
+    wear away what the model has learned before they can use it (Kumar et al. 2022)."""
+    new = [model.head, model.trunk.norm, *model.trunk.blocks[len(model.trunk.blocks) - n_new :]]
+    model.requires_grad_(not frozen)
+    for module in new:
+        module.requires_grad_(True)
+
+
 def bradley_terry_loss(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
     """Mean of -log P(chosen is preferred) in nats, a scalar: rewards (P,) of the two replies of
     each pair, P = sigmoid(chosen - rejected - margin) (Bradley and Terry 1952).
@@ -438,6 +451,7 @@ class TrainConfig:
     shared: bool = True  # the replies to a prompt share it; without, each has it once more
     bidirectional: bool = False  # each token sees the whole text: an encoder
     extra_blocks: int = 0  # blocks put on top of the model, which change nothing at first
+    freeze_steps: int = 0  # first steps, in which only these and the head learn
     loss: str = "bradley_terry"  # bradley_terry or margin
     margin: float = 1.0  # how far apart the two rewards have to be, of the margin loss
     centre: float = 0.01  # weight of the squared sum of both rewards, of bradley_terry
@@ -469,8 +483,8 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(known)}")
-        if self.centre < 0 or self.margin < 0 or self.extra_blocks < 0:
-            raise ValueError("--centre, --margin and --extra_blocks are not below 0")
+        if min(self.centre, self.margin, self.extra_blocks, self.freeze_steps) < 0:
+            raise ValueError("--centre, --margin, --extra_blocks, --freeze_steps are not below 0")
         lr_schedule(0, self.max_lr, self.min_lr, 1, 1, self.schedule)  # says if it is unknown
 
 

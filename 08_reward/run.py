@@ -21,8 +21,8 @@ from common import OUT, Run, atomic, build, main, pick_device, plot_loss, progre
 
 HERE = Path(__file__).resolve().parent
 # What a preset changes in TrainConfig: small for the models of 05 and 07, large for real ones.
-SMALL = dict(optimizer="muon", max_lr=2e-3, weight_decay=0.05, tokens_per_step=4096)
-SMALL |= dict(extra_blocks=1, epochs=0.7)
+SMALL = dict(optimizer="muon", max_lr=6e-3, weight_decay=0.05, tokens_per_step=4096)
+SMALL |= dict(extra_blocks=1, freeze_steps=200, epochs=0.75)
 LARGE = dict(optimizer="adamw", max_lr=2e-5, tokens_per_step=4096, eval_every=50)
 PRESETS = {"small": SMALL, "large": LARGE}
 CONTEXT = {"small": 384, "large": 1024}  # longest prompt with its replies, and a row, tokens
@@ -171,6 +171,8 @@ def train(given):
     )
 
     def loss_of(rows, total):
+        epoch, step = loader.position  # of the next step
+        reward.freeze(model, how.extra_blocks, epoch == 0 and 0 < step <= how.freeze_steps)
         return reward.preference_loss(model, rows, total, how, device, replies)
 
     @torch.no_grad()

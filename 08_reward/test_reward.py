@@ -261,6 +261,20 @@ def test_new_blocks_change_nothing_and_learn(changes, tmp_path):
     torch.testing.assert_close(again(ids, torch.tensor([12, 7])), model(ids, torch.tensor([12, 7])))
 
 
+def test_frozen_weights_stay_to_the_bit_and_learn_later():
+    model, ids = new_model(), torch.randint(259, (2, 12))
+    old = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for frozen in (True, False):
+        reward.freeze(model, 1, frozen)
+        optimizer.zero_grad()
+        model(ids, torch.tensor([12, 7])).sum().backward()
+        optimizer.step()
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+        new = {name for name in old if re.match(r"head|trunk.norm|trunk.blocks.1", name)}
+        assert moved == (new if frozen else set(old))
+
+
 def test_an_encoder_is_loaded_as_one_and_a_language_model_refused(tmp_path):
     encoder, text = new_model(bidirectional=True), torch.randint(259, (1, 12))
     encoder.save_pretrained(tmp_path / "encoder")
@@ -808,6 +822,7 @@ def test_other_commands_refuse_what_they_cannot_use(command, data, base, tmp_pat
 
 def test_a_stopped_run_goes_on_to_the_bit(data, base, tmp_path):
     words = ["train", "--data", data, "--model", base, *QUICK, "--steps", 120, "--patience", 999]
+    words += ["--freeze_steps", 4]
     words = [sys.executable, HERE / "run.py", *words, "--tokens_per_step", 128]
 
     def start(out):
