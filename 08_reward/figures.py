@@ -4,10 +4,15 @@ What it teaches: an accuracy says how often the better reply is ahead; whether a
 the 73% it claims, calibration; and whether the longer reply is ahead for being longer, a probe.
 
 Parent: 07_sft/scores.py (interval)
-New: ahead, groups, accuracy, calibration, by_margin, length_bias, lines, plot, examples
+New: ahead, groups, accuracy, calibration, by_margin, length_bias, shared_words, lines, plot,
+    examples
 
 Expected calibration error: Guo et al. 2017, arXiv 1706.04599.
 """
+
+import math
+import re
+from collections import Counter
 
 import numpy as np
 import preferences
@@ -84,14 +89,36 @@ def length_bias(rows):
     return found
 
 
-def lines(rows, before):
-    """Accuracy by kind as text, beside that of `before`: the same pairs by likelihood."""
-    found = [f"{'held-out pairs':16}{'n':>6}  by likelihood   by reward   95%"]
-    for (name, part), other in zip(groups(rows).items(), groups(before).values()):
+def shared_words(rows, pairs, learned):
+    """The same rows with the judge that needs no model: how many words a reply shares with its
+    prompt, rare ones counting more (their idf in `learned` pairs), over the root of its length."""
+
+    def words(text):
+        return set(re.findall(r"\w+", text.lower()))
+
+    documents = {pair["chosen"] for pair in learned}
+    counts = Counter(word for text in documents for word in words(text))
+
+    def score(pair, reply):
+        shared = words(pair["prompt"][-1]["content"]) & words(pair[reply])
+        found = sum(math.log((len(documents) + 1) / (counts[word] + 1)) for word in shared)
+        return found / math.sqrt(1 + len(pair[reply].split()))
+
+    return [
+        row | {reply: score(pairs[row["pair"]], reply) for reply in ("chosen", "rejected")}
+        for row in rows
+    ]
+
+
+def lines(rows, before, shared):
+    """Accuracy by kind as text, beside two judges without training: likelihood and shared words."""
+    found = [f"{'held-out pairs':16}{'n':>6}  by likelihood  by shared words   by reward   95%"]
+    for name, part in groups(rows).items():
         share, low, high = accuracy(part)
         goal = GOALS.get(name) if rows[0]["kind"] else None
+        others = (accuracy(groups(other)[name])[0] for other in (before, shared))
         found.append(
-            f"{name:16}{len(part):6}  {accuracy(other)[0]:13.1%}{share:12.1%}"
+            f"{name:16}{len(part):6}  {next(others):13.1%}{next(others):17.1%}{share:12.1%}"
             f"   {low:.1%} to {high:.1%}"
             + (f"   goal {goal:.0%}: {'met' if share >= goal else 'missed'}" if goal else "")
         )

@@ -217,6 +217,8 @@ def train(given):
     after = reward.evaluate(testing, reward.score(model, testing), test)
     both = {row["pair"] for row in before} & {row["pair"] for row in after}  # what fits in either
     before, after = ([row for row in rows if row["pair"] in both] for rows in (before, after))
+    shared = figures.shared_words(after, test, learned)
+    print("\n".join(figures.lines(after, before, shared)))
     finish(run, name, source, options, test, before, after, device)
 
 
@@ -225,12 +227,11 @@ def summary(result):
 
 
 def finish(run, preset, source, options, test, before, after, device):
-    """How the held-out pairs were judged: table, plots, examples; what to expect, what to try."""
+    """How the held-out pairs were judged: plots, examples, a record; what to expect and to try."""
     plot_loss(run.dir)
     lines = [json.loads(line) for line in open(run.dir / "metrics.jsonl")]
     evaluated = [line for line in lines if line["val_loss"] is not None]
     best, last = min(evaluated, key=lambda line: line["val_loss"]), lines[-1]
-    print("\n".join(figures.lines(after, before)))
     tell(after)
     figures.plot(after, before, run.dir / "scores.png")
     figures.examples(after, before, test, run.dir / "examples.md")

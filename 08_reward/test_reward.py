@@ -658,9 +658,19 @@ def test_accuracy_counts_ties_as_half_and_names_the_corrupted_together():
     found = {name: figures.accuracy(part)[0] for name, part in figures.groups(rows).items()}
     assert found["corrupted"] == 0.5 and found["another speaker"] == 0.5
     assert list(figures.groups(rows_of([1.0]))) == ["all"]
-    text = "\n".join(figures.lines(rows, rows))
-    assert re.search(r"another play +1 +100\.0% +100\.0%", text)
+    text = "\n".join(figures.lines(rows, rows, rows_of([-1.0] * 4, kinds)))
+    assert re.search(r"another play +1 +100\.0% +0\.0% +100\.0%", text)
     assert "goal 95%: missed" in text and "goal 70%: met" in text
+
+
+def test_shared_words_judge_without_a_model():
+    learned = [asked("x", text, "y") for text in ("the day", "the king", "the night")]
+    test = [asked("the king: why?", "a king", "the a"), asked("Hi", "no", "yes")]
+    found = figures.shared_words(rows_of([0.0, 0.0]), test, learned)
+    king, the = math.log(4 / 2), math.log(4 / 4)  # rare words count more
+    assert found[0]["chosen"] == pytest.approx(king / math.sqrt(3))
+    assert found[0]["rejected"] == pytest.approx(the / math.sqrt(3))
+    assert found[1]["chosen"] == found[1]["rejected"] == 0
 
 
 def test_a_bias_to_length_is_seen():
@@ -769,7 +779,7 @@ def test_on_the_plays_each_kind_is_told(command, base, plays, monkeypatch, tmp_p
     code, out, err = command(*words)
     assert code == 0, err
     for name in ("another play", "another speaker", "corrupted", "shuffled", "cut off"):
-        assert re.search(rf"{name} +\d+ +\d+\.\d% +\d+\.\d%", out)
+        assert re.search(rf"{name} +\d+ +\d+\.\d% +\d+\.\d% +\d+\.\d%", out)
     home = tmp_path / "out" / "08_reward" / "latest"
     assert "## misspelt 1" in (home / "examples.md").read_text()
     assert "corrupted" in json.loads((home / "run.json").read_text())["result"]
