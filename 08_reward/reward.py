@@ -8,7 +8,7 @@ Last, what may be done to a reward before a policy is trained on it, and which o
 leave the best policy as it was.
 
 Parent: 07_sft/sft.py
-New: encode_reply, group, compared, RewardModel, deepen, freeze, bradley_terry_loss,
+New: encode_reply, group, used, compared, RewardModel, deepen, freeze, bradley_terry_loss,
     margin_ranking_loss, preference_loss, score, likelihoods, Whitening, shape_reward
 Changed: TrainConfig, encode_all, collate, evaluate
 
@@ -142,6 +142,11 @@ def group(pairs):
     return [(prompt, list(replies), comparisons) for prompt, replies, comparisons in found.values()]
 
 
+def used(comparisons):
+    """The numbers of the replies that are compared, in order."""
+    return sorted({i for better, worse, *_ in comparisons for i in (better, worse)})
+
+
 def encode_all(pairs, tokenizer, template, context_length, shared=True):
     """(examples, report): a prompt with its replies one after the other, (ids, marks), as long as
     they fit into context_length tokens. marks: (branch of each token, comparisons).
@@ -161,31 +166,27 @@ def encode_all(pairs, tokenizer, template, context_length, shared=True):
         ]
         parts = [[]]
         for comparison in comparisons:  # as many in one example as fit
-            for attempt in ([*parts[-1], comparison], [comparison]):
-                used = {n for better, worse, *_ in attempt for n in (better, worse)}
-                n = len(used) if not shared else 1
-                size = sum(len(said[i]) for i in used)
-                if size + n * len(prompt) <= context_length:
-                    break
-            if len(attempt) > 1 or not parts[-1]:
-                parts[-1] = attempt
+            together = [*parts[-1], comparison]
+            copies = 1 if shared else len(used(together))
+            size = copies * len(prompt) + sum(len(said[i]) for i in used(together))
+            if size <= context_length or not parts[-1]:
+                parts[-1] = together
             else:
-                parts.append(attempt)
-        for part in filter(None, parts):
-            used = sorted({n for better, worse, *_ in part for n in (better, worse)})
-            copies = 1 if shared else len(used)
-            room = (context_length - sum(len(said[i]) for i in used)) // copies
+                parts.append([comparison])
+        for part in parts:
+            copies = 1 if shared else len(used(part))
+            room = (context_length - sum(len(said[i]) for i in used(part))) // copies
             if room < 1:
                 report["left_out"] += len(part)
                 continue
             report["truncated"] += room < len(prompt)
             asked = prompt[-room:]
             ids, branches = ([*asked], [0] * len(asked)) if shared else ([], [])
-            for branch, i in enumerate(used, 1):
+            for branch, i in enumerate(used(part), 1):
                 text = said[i] if shared else asked + said[i]
                 ids += text
                 branches += [branch] * len(text)
-            number = {i: n for n, i in enumerate(used)}
+            number = {i: n for n, i in enumerate(used(part))}
             part = [(number[a], number[b], *rest) for a, b, *rest in part]
             examples.append((ids, (branches, part)))
             report["tokens"] += len(ids)
