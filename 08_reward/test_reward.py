@@ -190,6 +190,17 @@ def test_prompts_shared_or_not_give_the_same(bidirectional, chatml):
         assert np.allclose(sum(reward.score(model, shared), []), sum(found, []), atol=1e-5)
 
 
+def test_scores_come_in_the_order_of_the_examples():
+    model, examples = new_model(), some_examples(6)
+    sizes = [len(ids) for ids, _ in examples]
+    assert sizes != sorted(sizes, reverse=True)
+    expected = [alone(model, example).tolist() for example in examples]
+    for batch_tokens in (1, 60, 8192):
+        found = reward.score(model, examples, batch_tokens)
+        assert [len(row) for row in found] == [len(row) for row in expected]
+        assert np.allclose(sum(found, []), sum(expected, []), atol=1e-5)
+
+
 def test_an_encoder_sees_what_follows_and_no_padding():
     text = torch.randint(259, (1, 9))
     changed = text.clone()
