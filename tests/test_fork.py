@@ -42,7 +42,8 @@ def test_fork_runs_alone(tmp_path, name):
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"prompt": "How many?", "response": "Just one."}\n' * 20)
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"prompt": "How many?", "chosen": "Just one.", "rejected": "x"}\n' * 20)
+    pair = '{{"prompt": "How many? {}", "chosen": "Just one.", "rejected": "x"}}\n'
+    pairs.write_text("".join(map(pair.format, range(20))))
     words = MINIMAL[name].format(text=text, chats=chats, pairs=pairs).split()
     assert words[0] in in_fork(folder, f"{name}/run.py", "--help")
     in_fork(folder, f"{name}/run.py", *words)
