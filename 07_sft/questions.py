@@ -46,13 +46,10 @@ PHRASES = {
     "repeat": (
         'Repeat "{line}"', "Say this again: {line}", "Copy the line: {line}", "Echo: {line}",
     ),
-    "sum": (
-        "What is {a} + {b}?", "{a} + {b} =", "Add {a} and {b}.", "How much is {a} plus {b}?",
-    ),
 }  # fmt: skip
 ANSWERABLE = ("speaks", "answers", "list", "quote", "count")
 OPEN = ("continue", "next")
-KINDS = tuple(PHRASES)
+KINDS = (*PHRASES, "sum")
 
 
 def passages(items, longest=360):
@@ -126,13 +123,27 @@ def conversation(turns, kind):
     return dict(messages=messages, kind=kind)
 
 
+def sums(seed=1):
+    """(training, held-out) sums of numbers of one and two digits, 2,000 and 200: each a list of
+    (question, answer) in four phrases."""
+    draw = random.Random(seed)
+    numbers = [(a, b) for a in range(100) for b in range(a + 1)]  # 5 + 17 is not new after 17 + 5
+    pairs = [(a, b) for a, b in numbers if b < 10]
+    pairs += draw.sample([(a, b) for a, b in numbers if b >= 10], 2200 - len(pairs))
+    pairs = [draw.sample(pair, 2) for pair in pairs]
+    draw.shuffle(pairs)
+    phrases = ("What is {} + {}?", "{} + {} =", "Add {} and {}.", "How much is {} plus {}?")
+    found = [[(phrase.format(a, b), str(a + b)) for phrase in phrases] for a, b in pairs]
+    return found[200:], found[:200]
+
+
 def dataset(kinds=KINDS, seed=1, n_repeats=12000):
     """(training, held-out) conversations of some kinds, shuffled; the same seed gives the same.
 
     In training a passage is asked several things in a row, held out it is a conversation for each:
     two of the answerable kinds and, of a quarter of the passages, an open one. Lines to repeat are
-    the short way to learn to copy. The 2,000 sums are of numbers of one and two digits, five of
-    them in a conversation, each in all phrases and twice; 200 others are held out."""
+    the short way to learn to copy. Sums come five in a conversation, each in all phrases and twice;
+    which are held out depends on the seed alone."""
     parts, lines, draw = [[], []], [[], []], random.Random(seed)
     for name, items in sorted(common.plays().items()):
         here = name in common.HELD_OUT
@@ -152,24 +163,20 @@ def dataset(kinds=KINDS, seed=1, n_repeats=12000):
                 (first, answer), *rest = (turn for _, turn in turns)
                 asked = f"{render(speeches)}\n\n{first}"
                 parts[0].append(conversation([(asked, answer), *rest], "passage"))
-    numbers = [(a, b) for a in range(100) for b in range(a + 1)]  # 5 + 17 is not new after 17 + 5
-    pairs = [(a, b) for a, b in numbers if b < 10]
-    pairs += draw.sample([(a, b) for a, b in numbers if b >= 10], 2200 - len(pairs))
-    pairs = [draw.sample(pair, 2) for pair in pairs]
-    draw.shuffle(pairs)
-    for here, some in enumerate((pairs[200:], pairs[:200])):
+    for here, some in enumerate(sums(seed)):
         kept = draw.sample([line for line in lines[here] if 12 < len(line) < 60], n_repeats)
         single = [
             ("repeat", draw.choice(PHRASES["repeat"]).format(line=line), line) for line in kept
         ]
-        sums = [(phrase.format(a=a, b=b), str(a + b)) for a, b in some for phrase in PHRASES["sum"]]
+        turns = []
         if here:
-            single += [("sum", *draw.choice(sums[i : i + 4])) for i in range(0, len(sums), 4)]
-            sums = []
+            single += [("sum", *draw.choice(phrased)) for phrased in some]
+        else:
+            turns = [turn for phrased in some for turn in phrased]
         found = [([(question, answer)], kind) for kind, question, answer in single]
         for _ in range(2):  # a pass over each sum once, alone and early, teaches nothing
-            draw.shuffle(sums)
-            found += [(sums[i : i + 5], "sum") for i in range(0, len(sums), 5)]
+            draw.shuffle(turns)
+            found += [(turns[i : i + 5], "sum") for i in range(0, len(turns), 5)]
         parts[here] += [conversation(turns, kind) for turns, kind in found if kind in kinds]
         draw.shuffle(parts[here])
         n_repeats //= 10

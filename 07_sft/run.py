@@ -24,6 +24,7 @@ from sources import (
     PRESETS,
     Source,
     before_tuning,
+    begin_run,
     find_model,
     load_model,
     matrix_flops,
@@ -35,7 +36,7 @@ from sources import (
     with_template,
 )
 
-from common import OUT, Run, atomic, build, main, pick_device, plot_loss, progress
+from common import OUT, atomic, build, main, pick_device, plot_loss, progress
 
 HERE = Path(__file__).resolve().parent
 
@@ -149,7 +150,9 @@ def train(given):
     plan |= dict(model=version(path), template=template.name)
     code = b"".join((HERE / f"{m}.py").read_bytes() for m in ("transformer", "optimizers", "lora"))
     plan |= dict(code=sha256(code).hexdigest()[:8], device=device.type)
-    run = Run(sft.__file__, plan, options.run, options.fresh)
+    kinds = "-".join(kind.strip() for kind in source.kinds.split(",") if kind.strip())
+    link = f"latest-{kinds}" if kinds else "latest"  # what answers some kinds only is kept apart
+    run = begin_run(link, sft.__file__, plan, options.run, options.fresh)
     if run.result:
         print(f"{run.dir} is finished: {summary(run.result)}")
         return print(f"go on with --steps {2 * how.steps}, or begin again with --fresh")

@@ -7,7 +7,6 @@ Read in this order: classify, baselines.
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -19,7 +18,7 @@ import reports
 import scores
 import sft
 import torch
-from sources import find_model, load_model, record, version, write_files
+from sources import begin_run, find_model, load_model, record, version, write_files
 
 import common
 
@@ -82,12 +81,7 @@ def classify(given):
     plan = asdict(how) | dict(model=version(path), max_length=most, device=device.type)
     plan |= dict(texts=sha256(json.dumps([examples, test, labels]).encode()).hexdigest()[:8])
     plan |= dict(code=sha256((HERE / "transformer.py").read_bytes()).hexdigest()[:8])
-    latest = common.OUT / "07_sft" / "latest"  # stays with the newest model that answers
-    answering = os.readlink(latest) if latest.is_symlink() else None
-    run = common.Run(sft.__file__, plan, options.run, options.fresh)
-    latest.replace(latest.with_name("latest-classifier"))
-    if answering:
-        latest.symlink_to(answering)
+    run = begin_run("latest-classifier", sft.__file__, plan, options.run, options.fresh)
     print(
         f"data: {options.data}, {len(examples):,} texts of {len(labels)} classes, {len(test):,} "
         f"held out; the first {most} tokens of each"

@@ -3,7 +3,8 @@
 Parent: none
 New: everything
 
-Read in this order: find_model and load_model; with_template and before_tuning; read and tested.
+Read in this order: find_model and load_model; with_template and before_tuning; begin_run; read and
+tested.
 """
 
 import importlib.util
@@ -127,6 +128,19 @@ def before_tuning(model, given):
     if lacking and template.name != "plain":  # plain writes none, it stops where the model does
         raise ValueError(f"this model's tokenizer has no {lacking[0]}: give another --template")
     return tokenizer, template
+
+
+def begin_run(link, *args):
+    """A common.Run that `link` names; if that is not `latest`, this stays where it was: with the
+    newest model that answers everything."""
+    latest = common.OUT / "07_sft" / "latest"
+    before = os.readlink(latest) if latest.is_symlink() else None
+    run = common.Run(*args)
+    if link != "latest":
+        latest.replace(latest.with_name(link))
+        if before:
+            latest.symlink_to(before)
+    return run
 
 
 def matrix_flops(device, dtype):

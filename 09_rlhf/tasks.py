@@ -1,0 +1,170 @@
+"""What is asked: sums, passages of the plays to go on with, GSM8K's questions, or a file's prompts.
+
+What it teaches: a policy has to be tested on prompts it has not been rewarded for. The sums held
+out are those that 07 holds out, and no prompt for training is of the six held-out plays.
+
+Parent: 07_sft/questions.py (sums, passages, render)
+New: asked, of_sums, of_plays, records, messages_of, split, of_file, pairs_of
+
+Read in this order: sums, of_plays, of_file, pairs_of.
+"""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import common
+
+GO_ON = ("Continue the scene.", "What comes next?", "Go on with this scene.", "Write what follows.")
+
+
+def sums(seed=1):
+    """(training, held-out) sums of numbers of one and two digits, 2,000 and 200: each a list of
+    (question, answer) in four phrases."""
+    draw = random.Random(seed)
+    numbers = [(a, b) for a in range(100) for b in range(a + 1)]  # 5 + 17 is not new after 17 + 5
+    pairs = [(a, b) for a, b in numbers if b < 10]
+    pairs += draw.sample([(a, b) for a, b in numbers if b >= 10], 2200 - len(pairs))
+    pairs = [draw.sample(pair, 2) for pair in pairs]
+    draw.shuffle(pairs)
+    phrases = ("What is {} + {}?", "{} + {} =", "Add {} and {}.", "How much is {} plus {}?")
+    found = [[(phrase.format(a, b), str(a + b)) for phrase in phrases] for a, b in pairs]
+    return found[200:], found[:200]
+
+
+def passages(items, longest=360):
+    """Runs of two to six speeches of a scene that do not overlap: [(speeches, the next one or
+    None), ...], a speech (speaker, text). Each has at least two speakers, none is longer than
+    `longest` characters as rendered. items: a play, as common.plays gives it."""
+    found, scene, size = [], [], 2
+    for kind, speaker, text in [*items, ["scene", "", ""]]:
+        if kind == "speech" and text.strip():
+            scene.append((speaker, text.strip()))
+        if kind not in ("act", "scene"):
+            continue
+        start = 0
+        while start < len(scene):
+            stop = start + 1
+            while (
+                stop < min(start + size, len(scene))
+                and len(render(scene[start : stop + 1])) <= longest
+            ):
+                stop += 1
+            run = scene[start:stop]
+            if len({name for name, _ in run}) >= 2 and len(render(run)) <= longest:
+                found.append((run, scene[stop] if stop < len(scene) else None))
+                size = 2 + (size + 1) % 5  # of the next one: their number is asked for
+            start = stop
+        scene = []
+    return found
+
+
+def render(speeches):
+    return "\n\n".join(f"{name}:\n{text}" for name, text in speeches)
+
+
+def asked(text):
+    return [dict(role="user", content=text)]
+
+
+def of_sums(seed=1):
+    """(training, held-out) prompts, lists of messages: the training ones in all phrases, the
+    held-out ones in one each."""
+    learned, held_out = sums()
+    draw = random.Random(seed)
+    found = [asked(question) for phrased in learned for question, _ in phrased]
+    draw.shuffle(found)
+    return found, [asked(draw.choice(phrased)[0]) for phrased in held_out]
+
+
+def of_plays(seed=1, longest=160):
+    """(training, held-out) prompts: passages of the plays, of at most `longest` characters, to go
+    on with."""
+    parts, draw = ([], []), random.Random(seed)
+    for name, items in sorted(common.plays().items()):
+        for speeches, following in passages(items, longest):
+            if following is not None:
+                text = f"{render(speeches)}\n\n{draw.choice(GO_ON)}"
+                parts[name in common.HELD_OUT].append(asked(text))
+    for part in parts:
+        draw.shuffle(part)
+    return parts
+
+
+def records(path):
+    """(where, record) of each in a .json or .jsonl file, gzipped or not. ValueError names the line
+    or record that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--data {path}: there is no such file")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+        if ".jsonl" in path.suffixes:
+            lines = [
+                (f"{path}, line {n}", s) for n, s in enumerate(text.split("\n"), 1) if s.strip()
+            ]
+        else:
+            found = json.loads(text)
+            lines = [(f"{path}, record {n}", json.dumps(r)) for n, r in enumerate(found, 1)]
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise ValueError(f"--data {path} is not JSON text: {error}") from None
+    for where, line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is no record")
+        yield where, record
+
+
+def messages_of(where, record):
+    """The conversation that a record asks to go on with: prompt (text or messages), question, or
+    instruction with its input."""
+    prompt = record.get("prompt", record.get("question"))
+    if prompt is None and isinstance(record.get("instruction"), str):
+        prompt = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+    if isinstance(prompt, list):
+        good = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt)
+        if good and prompt and prompt[-1].get("role") == "user":
+            return [dict(role=m.get("role"), content=m["content"]) for m in prompt]
+    elif isinstance(prompt, str) and prompt.strip():
+        return asked(prompt)
+    raise ValueError(
+        f"{where} lacks a prompt (or question, or instruction) that asks for something"
+    )
+
+
+def split(found, path):
+    """All but the last tenth, at most 500, and these."""
+    held_out = min(max(1, len(found) // 10), 500)
+    if len(found) < 2:
+        raise ValueError(f"--data {path}: {len(found)} records are too few, give at least 2")
+    return found[:-held_out], found[-held_out:]
+
+
+def of_file(path):
+    """(training prompts, held-out prompts, {prompt: answer} of those that have one)."""
+    found, answers = [], {}
+    for where, record in records(path):
+        found.append(messages_of(where, record))
+        if isinstance(record.get("answer"), str):
+            answers[found[-1][-1]["content"]] = record["answer"]
+    return *split(found, path), answers
+
+
+def pairs_of(path):
+    """(training, held-out) pairs (messages, chosen, rejected) for DPO, of a file of records with
+    prompt, chosen and rejected. ValueError names the record that lacks one; where both replies are
+    the same there is nothing to learn, and it is left out."""
+    found = []
+    for where, record in records(path):
+        messages = messages_of(where, record)
+        replies = [record.get(name) for name in ("chosen", "rejected")]
+        if not all(isinstance(reply, str) and reply.strip() for reply in replies):
+            raise ValueError(f"{where} lacks 'chosen' or 'rejected'")
+        if replies[0].strip() != replies[1].strip():
+            found.append((messages, *replies))
+    return split(found, path)
