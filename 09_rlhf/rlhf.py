@@ -103,7 +103,9 @@ def rollout(
     alive = torch.arange(len(rows), device=ids.device)  # replies that are still being written
     for n in range(max_new_tokens):
         probs = next_probs(logits, temperature, top_k, top_p)  # (alive, V)
-        new = torch.multinomial(probs, 1, generator=generator)  # (alive, 1)
+        below = probs.cumsum(-1)  # one number a row decides; multinomial would draw V of them
+        point = torch.rand(len(probs), 1, device=ids.device, generator=generator) * below[:, -1:]
+        new = torch.searchsorted(below, point, right=True)  # (alive, 1), never of probability 0
         drawn[alive, n], log_probs[alive, n] = new[:, 0], probs.gather(1, new)[:, 0].log()
         over = torch.isin(new[:, 0], stops)
         ended[alive[over]], lengths[alive[over]] = True, n + 1
@@ -129,13 +131,14 @@ def token_log_probs(logits, ids, temperature=1.0, top_k=None, top_p=None):
 
     A token that was drawn stays among the top_k or top_p where the policy has moved on and would
     not draw it any more: with probability 0 it could not be learned from."""
-    scaled = logits.float() / temperature
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
     if top_k is not None or top_p is not None:
         with torch.no_grad():
             kept = next_probs(logits.reshape(-1, logits.shape[-1]), temperature, top_k, top_p) > 0
             kept = kept.view(logits.shape).scatter(-1, ids[..., None], True)
         scaled = scaled.masked_fill(~kept, -math.inf)
-    return scaled.gather(-1, ids[..., None])[..., 0] - scaled.logsumexp(-1)
+    flat = scaled.reshape(-1, scaled.shape[-1])
+    return -F.cross_entropy(flat, ids.reshape(-1), reduction="none").view(ids.shape)
 
 
 def entropy(logits):
@@ -180,31 +183,33 @@ def lay_out(rollout, row_tokens):
 
 
 class Replay(NamedTuple):
-    """What a policy thinks of the tokens of a Rollout, float32 (B, N) each, 0 where there is none.
+    """What a policy thinks of the tokens of a Rollout, float32 (B, N) each, 0 where there is none;
+    None what was not asked for. entropies are in nats, of the whole distribution."""
 
-    log_probs are those of the settings it is asked for; entropies of the whole distribution, nats,
-    without a gradient; values None without a value head."""
-
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-    values: torch.Tensor | None
+    log_probs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
 
 
-def replay(model, rollout, temperature=1.0, top_k=None, top_p=None, value=None):
-    """The Replay of a Rollout by a TransformerLM and, where given, a value head (C to 1)."""
+def replay(
+    model, rollout, temperature=1.0, top_k=None, top_p=None, value=None, log_probs=True,
+    entropies=False,
+):  # fmt: skip
+    """The Replay of a Rollout by a TransformerLM and, where given, a value head (C to 1): its
+    log_probs are those of the settings that drew it."""
     ids, layout, rows, before = lay_out(rollout, model.config.context_length)
     mask = rollout.mask
     x = model.hidden(ids, layout=layout)[rows[:, None], before][mask]  # (tokens, C)
-    logits = model.output(x)  # (tokens, V)
-    with torch.no_grad():
-        entropies = entropy(logits)
 
     def place(found):
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found.float())
 
-    log_probs = token_log_probs(logits, rollout.ids[mask], temperature, top_k, top_p)
     values = None if value is None else place(value(x)[:, 0])
-    return Replay(place(log_probs), place(entropies), values)
+    if not log_probs:
+        return Replay(values=values)
+    logits, drawn = model.output(x), rollout.ids[mask]  # (tokens, V), (tokens,)
+    found = place(token_log_probs(logits, drawn, temperature, top_k, top_p))
+    return Replay(found, values, place(entropy(logits)) if entropies else None)
 
 
 def kl_estimates(log_probs, reference):
@@ -485,6 +490,7 @@ class RLConfig:
     value_coef: float = 0.1  # weight of ppo's value loss
     value_clip: float = 0.2  # how far a value counts as moved in a round, of ppo
     normalize_by_std: bool = True  # divide grpo's advantages by their group's deviation
+    skip_equal: bool = True  # leave out grpo's groups whose rewards are equal: DAPO's filter
     length_normalised: bool = True  # in grpo replies count alike; without, tokens do
     beta: float = 0.1  # what dpo takes a nat of log-ratio to be worth
     ipo: bool = False  # IPO's squared loss in place of dpo's
@@ -556,10 +562,10 @@ def turn(n, size, seed, step):
 
 
 @torch.no_grad()
-def replay_all(model, rollout, config, value=None):
+def replay_all(model, rollout, config, **wanted):
     """The Replay of a whole Rollout, as many prompts at once as config says."""
     numbers = torch.arange(len(rollout.prompts)).split(config.micro_prompts or len(rollout.ids))
-    parts = [replay(model, rollout.groups(n)[0], **config.draw, value=value) for n in numbers]
+    parts = [replay(model, rollout.groups(n)[0], **config.draw, **wanted) for n in numbers]
     return Replay(*(None if x[0] is None else torch.cat(x) for x in zip(*parts)))
 
 
@@ -592,24 +598,29 @@ def learn(policy, reference, rollout, rewards, config, price, step_with, autocas
     value = policy.value if config.algorithm == "ppo" else None
     P, metrics = len(rollout.prompts), {}
     with autocast:
-        theirs = replay_all(reference, rollout, config).log_probs
-        values = replay_all(policy.lm, rollout, config, value).values if value else None
+        theirs, values = replay_all(reference, rollout, config).log_probs, None
+        if value is not None:
+            values = replay_all(policy.lm, rollout, config, value=value, log_probs=False).values
     log_ratio, _, k3 = kl_estimates(rollout.log_probs, theirs)
     metrics["kl"] = (log_ratio * mask).sum(1).mean().item()  # nats a reply
     metrics["kl_k3"] = (k3 * mask).sum(1).mean().item()
     if metrics["kl"] > config.max_kl:
         return metrics
     advantages, returns = advantages_of(rollout, rewards, mask, log_ratio, values, config, price)
+    groups = torch.arange(P)
     if config.algorithm == "grpo":
-        equal = (advantages.view(P, -1) == 0).all(1)
+        equal = (advantages.view(P, -1) == 0).all(1).cpu()  # nothing to learn but to stay
         metrics["no_variance"] = equal.float().mean().item()
+        groups = groups[~equal] if config.skip_equal else groups
     if returns is not None:
         off, spread = masked_var(returns - values, mask), masked_var(returns, mask)
         metrics["explained_variance"] = (1 - off / spread.clamp(min=1e-12)).item()
-    sums, n = torch.zeros(4), config.epochs * config.minibatches
+    sums, n = torch.zeros(3), config.epochs * config.minibatches
     by_reply = config.algorithm == "grpo" and config.length_normalised
     for _ in range(config.epochs):
-        for minibatch in torch.randperm(P).tensor_split(config.minibatches):
+        for minibatch in groups[torch.randperm(len(groups))].tensor_split(config.minibatches):
+            if not len(minibatch):
+                continue
             _, rows = rollout.groups(minibatch)
             total = (mask[rows].any(1) if by_reply else mask[rows]).sum().clamp(min=1)
             for numbers in minibatch.split(config.micro_prompts or P):
@@ -631,11 +642,9 @@ def learn(policy, reference, rollout, rewards, config, price, step_with, autocas
                     moved = (values[rows], returns[rows], counted, config.value_clip, total)
                     loss = loss + config.value_coef * value_loss(new.values, *moved)
                 loss.backward()
-                share = (counted.sum() / mask.sum().clamp(min=1)).item() / config.epochs
-                nats = masked_mean(new.entropies, counted).item() * share
-                sums += torch.tensor([loss.item() / n, clipped.item() / n, nats, 0.0])
-            sums[3] += step_with() / n
-    names = ("train_loss", "clip_fraction", "entropy", "grad_norm")
+                sums += torch.tensor([loss.item() / n, clipped.item() / n, 0.0])
+            sums[2] += step_with() / n
+    names = ("train_loss", "clip_fraction", "grad_norm")
     return metrics | dict(zip(names, sums.tolist()))
 
 
@@ -675,22 +684,24 @@ def learn_pairs(policy, reference, pairs, config, step_with, autocast):
 
 @torch.no_grad()
 def evaluate(policy, reference, prompts, stops, judge, config):
-    """How good replies to held-out prompts are: mean reward of the likeliest replies (val_reward)
-    and of drawn ones (val_drawn), and of these the KL to the reference, nats a reply, entropy,
-    length and how many end by themselves. judge(rollout): rewards (B,), NaN where there is none."""
-    found = []
-    for start in range(0, len(prompts), 256):
-        some = prompts[start : start + 256]
-        length = (config.max_new_tokens, stops)
-        likeliest = rollout(policy.lm, some, *length, temperature=0)
-        drawn = rollout(policy.lm, some, *length, **config.draw)
-        mine, theirs = (replay_all(lm, drawn, config) for lm in (policy.lm, reference))
-        kl = kl_estimates(drawn.log_probs, theirs.log_probs)[0]
-        n = drawn.mask.sum(1)
-        found.append([judge(likeliest), judge(drawn), (kl * drawn.mask).sum(1)])
-        found[-1] += [mine.entropies.sum(1) / n, n.float(), drawn.ended.float()]
-    names = ("val_reward", "val_drawn", "val_kl", "val_entropy", "val_length", "val_ended")
-    return {name: torch.cat(x).nanmean().item() for name, x in zip(names, zip(*found))}
+    """How a policy does on prompts, lists of ids: mean reward of the likeliest replies (val_reward)
+    and of drawn ones (val_drawn), and of the drawn ones the KL to the reference, nats a reply,
+    entropy, length in tokens and how many end by themselves. judge(rollout): {name: rewards (B,)},
+    NaN where there is none; of "" come the two above, another name's have it at their end."""
+    length = (config.max_new_tokens, stops)
+    likeliest = rollout(policy.lm, prompts, *length, temperature=0)
+    drawn = rollout(policy.lm, prompts, *length, **config.draw)
+    theirs = replay_all(reference, drawn, config)
+    mine = replay_all(policy.lm, drawn, config, entropies=True)
+    found = {}
+    for which, replies in (("reward", likeliest), ("drawn", drawn)):
+        for name, rewards in judge(replies).items():
+            found[f"val_{which}{name}"] = rewards.nanmean().item()
+    kl = kl_estimates(drawn.log_probs, theirs.log_probs)[0]
+    found["val_kl"] = (kl * drawn.mask).sum(1).mean().item()
+    found["val_entropy"] = masked_mean(mine.entropies, drawn.mask).item()
+    found["val_length"] = drawn.mask.sum(1).float().mean().item()
+    return found | dict(val_ended=drawn.ended.float().mean().item())
 
 
 def train(
@@ -790,6 +801,7 @@ def train(
                     f"--max_kl {config.max_kl}: stopped; {kept}; lower --max_lr or raise --kl_coef"
                 )
             controller.update(line["kl"], len(scores))
+            line["replies_per_s"] = len(scores) / (time.perf_counter() - began)
             tokens = int(lengths.sum()) + config.group_size * sum(map(len, some))
         state |= dict(step=step, price=controller.value, tokens=state["tokens"] + tokens)
         state["whitening"] = list(whitening.state) if whitening else state["whitening"]

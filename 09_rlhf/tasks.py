@@ -12,6 +12,7 @@ Read in this order: sums, of_plays, of_file, pairs_of.
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import common
@@ -69,13 +70,22 @@ def asked(text):
 
 
 def of_sums(seed=1):
-    """(training, held-out) prompts, lists of messages: the training ones in all phrases, the
-    held-out ones in one each."""
-    learned, held_out = sums()
-    draw = random.Random(seed)
-    found = [asked(question) for phrased in learned for question, _ in phrased]
+    """(training, held-out) prompts, lists of messages, in a phrase each. Held out are those that 07
+    holds out; a reward needs no answers, so the others are all other sums of such numbers, those
+    that 07 has trained on among them, and as there about half with a number of one digit."""
+    draw, (_, held_out) = random.Random(seed), sums()
+    held_out = [draw.choice(phrased)[0] for phrased in held_out]
+    kept = {tuple(sorted(re.findall(r"\d+", text))) for text in held_out}  # 5 + 17 is 17 + 5
+    phrases = [re.sub(r"\d+", "{}", question) for question, _ in sums()[0][0]]
+    found = [
+        asked(phrase.format(a, b))
+        for a in range(100)
+        for b in range(100)
+        if tuple(sorted((str(a), str(b)))) not in kept
+        for phrase in (phrases if min(a, b) < 10 else draw.sample(phrases, 1))
+    ]
     draw.shuffle(found)
-    return found, [asked(draw.choice(phrased)[0]) for phrased in held_out]
+    return found, [asked(text) for text in held_out]
 
 
 def of_plays(seed=1, longest=160):
