@@ -84,6 +84,23 @@ tuned: $(SETUP)
 08: $(if $(MODEL),$(SETUP_WEIGHTS),tuned) ## train a reward model on pairs of replies (DATA=file, MODEL=directory or smollm2)
 	$(PYTHON) 08_reward/run.py train $(DATA_FLAG) $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
+sums: tuned
+	@test -e out/07_sft/latest-sum/model.safetensors || $(PYTHON) 07_sft/run.py train \
+	  --model out/07_sft/latest --kinds sum --run sums --steps 180 --max_lr 4e-3
+
+09: $(if $(MODEL),$(SETUP_WEIGHTS),sums) ## PPO and GRPO on sums, three seeds each, then the metre (MODEL=smollm2; DATA=file for one run)
+	$(PYTHON) 09_rlhf/run.py $(if $(DATA),train $(DATA_FLAG),seeds) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+proxy: sums
+	@ls out/08_reward/proxy-*/model.safetensors >/dev/null 2>&1 || { \
+	  before=$$(readlink out/08_reward/latest); \
+	  $(PYTHON) 09_rlhf/run.py pairs --n 1000 --to out/09_rlhf/proxy.jsonl && \
+	  $(PYTHON) 08_reward/run.py train --data out/09_rlhf/proxy.jsonl --model out/07_sft/latest-sum --run proxy && \
+	  if [ -n "$$before" ]; then ln -sfn "$$before" out/08_reward/latest; fi; }
+
+hack: proxy ## learn from a poor reward model on purpose, with and without a price on KL
+	$(PYTHON) 09_rlhf/run.py hack $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
 collapse: tokenizer ## the routers of a mixture without balancing, and two cures
 	$(PYTHON) 06_moe/run.py collapse $(DATA_FLAG) $(ARGS)
 
@@ -117,6 +134,9 @@ bench-07: $(SETUP_BENCH) base ## fine-tuning speed against TRL's SFTTrainer
 bench-08: $(SETUP_BENCH) tuned ## pairs/s and accuracy against TRL's RewardTrainer
 	$(PYTHON) 08_reward/bench.py $(ARGS)
 
+bench-09: $(SETUP_BENCH) sums ## replies and updates per second against TRL's GRPOTrainer
+	$(PYTHON) 09_rlhf/bench.py $(ARGS)
+
 ladder: tokenizer ## 03, 04 and 05 trained for the same time: bits per byte
 	$(PYTHON) tests/ladder.py $(ARGS)
 
@@ -144,4 +164,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify tuned 08 collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 bench-08 ladder sweep test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify tuned 08 sums 09 proxy hack collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 bench-08 bench-09 ladder sweep test test-slow lint readme copies fork

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 # What a reward changes in RLConfig for a small model, what a real one does, and an algorithm.
 FAST = dict(optimizer="muon", max_lr=3e-3, epochs=1, minibatches=2, prompts_per_step=192)
 FAST |= dict(group_size=4, steps=110)
-LINES = FAST | dict(max_new_tokens=40, prompts_per_step=32, steps=60)
+LINES = FAST | dict(max_new_tokens=40, prompts_per_step=32, steps=50, max_lr=1.5e-3, kl_coef=0.15)
 SMALL = dict(sums=FAST | dict(max_new_tokens=6))
 LARGE = dict(max_lr=1e-5, micro_prompts=4, prompts_per_step=16, max_new_tokens=128, eval_prompts=64)
 ON_POLICY = dict(epochs=1, minibatches=1)  # what has no clip learns once from what was just drawn
@@ -38,7 +38,7 @@ LEAST = 0.05  # share that has to be right before there is anything to learn fro
 @dataclass
 class Task:
     reward: str | None = None  # sums, metre, stop_in_time, gsm8k, model, path, file.py:name (sums)
-    data: str | None = None  # .json or .jsonl with prompts, dpo: pairs; None: what the reward asks
+    data: str | None = None  # .json, .jsonl, .csv of prompts, dpo: pairs; None: the reward's own
     model: str | None = None  # directory, .gguf file or smollm2; None: newest of 07, or 05, 04
     template: str = "auto"  # own, chatml or alpaca; auto: the model's own, else chatml
 
@@ -102,6 +102,16 @@ def begin_with(task, device, seed=1):
     if added:
         print(f"tokens added for the {template.name} template: {' '.join(added)}")
     return lm, tokenizer, template, turns.stop_tokens(lm, tokenizer, template), path
+
+
+def room(lm, n):
+    """How many tokens a prompt may have beside a reply of n; ValueError where that is none."""
+    if lm.config.context_length <= n:
+        raise ValueError(
+            f"--max_new_tokens {n} leaves no room for a prompt in the context of "
+            f"{lm.config.context_length} tokens"
+        )
+    return lm.config.context_length - n
 
 
 def encode(prompts, tokenizer, template, most):
@@ -188,8 +198,7 @@ def train(given):
     changes = LARGE if size > 5e7 else SMALL.get(task.reward, LINES)
     changes = changes | ALGORITHMS.get(algorithm, {})
     how = build(rlhf.RLConfig, given, **changes)
-    most = lm.config.context_length - how.max_new_tokens
-    text = (tokenizer, template)
+    most, text = room(lm, how.max_new_tokens), (tokenizer, template)
     test = encode([x[0] for x in held_out] if of_pairs else held_out, *text, most)
     test, held_pairs = test[: how.eval_prompts], []
     if of_pairs:
@@ -361,7 +370,7 @@ def summary(line):
         said.append(f"watched {found['reward_watched']:.3f}")
     if "in_order" in found:
         said.append(f"{found['in_order']:.1%} of held-out pairs in order")
-    return ", ".join([*said, f"KL {found['kl']:.2f} nats a reply"])
+    return ", ".join([*said, f"KL {abs(found['kl']):.2f} nats a reply"])
 
 
 # ---- looking
@@ -370,13 +379,15 @@ def summary(line):
 def pairs(given):
     """draw replies and write the best and the worst of each group to a file, for 08 or dpo"""
     task, options, how = build(Task, given), build(PairOptions, given), build(rlhf.RLConfig, given)
+    if options.n < 1:
+        raise ValueError(f"--n {options.n}: it must be at least 1")
     device, _, _ = pick_device(options.device)
     task.reward = task.reward or "sums"
     learned, _, answers, said = ask(task)
     judge = rewards.named(task.reward, answers, device)
     lm, *text, stops, path = begin_with(task, device, how.seed)
     how = build(rlhf.RLConfig, given, **SMALL.get(task.reward, LINES))
-    asked = encode(learned, *text, lm.config.context_length - how.max_new_tokens)[: options.n]
+    asked = encode(learned, *text, room(lm, how.max_new_tokens))[: options.n]
 
     def judged(messages, drawn):
         texts = texts_of(drawn, text[0], stops)
@@ -398,7 +409,7 @@ def evaluate(given):
     _, held_out, answers, said = ask(task)
     judge = rewards.named(task.reward, answers, device)
     lm, *text, stops, path = begin_with(task, device)
-    test = encode(held_out, *text, lm.config.context_length - options.max_new_tokens)
+    test = encode(held_out, *text, room(lm, options.max_new_tokens))
     rows, ids = map(list, zip(*test[: options.prompts]))
     reference = lm
     if options.reference is not None:

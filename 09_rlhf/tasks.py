@@ -3,13 +3,14 @@
 What it teaches: a policy has to be tested on prompts it has not been rewarded for. The sums held
 out are those that 07 holds out, and no prompt for training is of the six held-out plays.
 
-Parent: 07_sft/questions.py (sums, passages, render)
-New: asked, of_sums, of_plays, records, messages_of, split, of_file, pairs_of
+Parent: 07_sft/questions.py (sums, passages, render); 08_reward/pairs.py (records)
+New: asked, of_sums, of_plays, messages_of, split, of_file, pairs_of
 
 Read in this order: sums, of_plays, of_file, pairs_of.
 """
 
-import gzip
+import csv
+import io
 import json
 import random
 import re
@@ -103,31 +104,46 @@ def of_plays(seed=1, longest=160):
 
 
 def records(path):
-    """(where, record) of each in a .json or .jsonl file, gzipped or not. ValueError names the line
-    or record that is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--data {path}: there is no such file")
+    """[(where, record), ...] of a .json, .jsonl or .csv file: `where` names file and line. Raises
+    ValueError for what is not to be read."""
+    path, kind = Path(path), Path(path).suffix
+    if kind not in (".json", ".jsonl", ".csv"):
+        raise ValueError(f"{path}: .json, .jsonl and .csv are read")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-        if ".jsonl" in path.suffixes:
-            lines = [
-                (f"{path}, line {n}", s) for n, s in enumerate(text.split("\n"), 1) if s.strip()
-            ]
-        else:
-            found = json.loads(text)
-            lines = [(f"{path}, record {n}", json.dumps(r)) for n, r in enumerate(found, 1)]
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise ValueError(f"--data {path} is not JSON text: {error}") from None
-    for where, line in lines:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    found = []
+    if kind == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is no record")
-        yield where, record
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"{path}, line {reader.line_num}: not as many fields as names")
+                found.append((f"{path}, line {reader.line_num}", row))
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    elif kind == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: a list of records is wanted; one on each line is .jsonl")
+        found = [(f"{path}, record {n}", row) for n, row in enumerate(rows, 1)]
+    else:
+        for n, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    found.append((f"{path}, line {n}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {n}: not JSON: {error.msg}") from None
+    if not found:
+        raise ValueError(f"{path} holds no record")
+    for where, row in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a record is an object with named fields")
+    return found
 
 
 def messages_of(where, record):

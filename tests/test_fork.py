@@ -20,6 +20,7 @@ MINIMAL = {
     "06_moe": "train --data {text} " + SMALL + " --n_experts 4",
     "07_sft": "train --data {chats} --steps 3 --tokens_per_step 512 --eval_every 3 --device cpu",
     "08_reward": "train --data {pairs} --steps 3 --tokens_per_step 512 --eval_every 3 --device cpu",
+    "09_rlhf": "train --data {pairs} --reward stop_in_time --steps 3 --device cpu",
 }
 
 

@@ -120,6 +120,29 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
         reward = theirs(**words(text, return_tensors="pt")).logits.item()
         line = next(line for line in ours.splitlines() if line.endswith(reply))
         assert float(line.split()[0]) == pytest.approx(reward, abs=2e-3)
+    # A policy taught by that reward model comes to what it likes, and still chats in transformers.
+    how = "--reward model --steps 20 --prompts_per_step 16 --eval_every 20 --max_new_tokens 8"
+    run(tmp_path, "09_rlhf/run.py", "train", "--data", pairs, *how.split(), "--device", "cpu")
+    policy = tmp_path / "09_rlhf" / "latest"
+    lines = [json.loads(line) for line in open(policy / "metrics.jsonl")]
+    assert lines[-1]["val_drawn"] > lines[0]["val_drawn"] + 0.05
+    asked = ("eval", "--data", pairs, "--reward", judge, "--samples", 1, "--max_new_tokens", 8)
+    said = run(tmp_path, "09_rlhf/run.py", *asked).splitlines()
+    value, question, reply = float(said[-3].split()[1]), said[-2], said[-1].removeprefix("> ")
+    ours = run(
+        tmp_path, "08_reward/run.py", "score", "--prompt", question, "--replies", f"{reply}|No."
+    )
+    line = next(line for line in ours.splitlines() if line.endswith(f"  {reply}"))
+    assert float(line.split()[0]) == pytest.approx(value, abs=2e-3)  # as 08 itself judges it
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    words = transformers.AutoTokenizer.from_pretrained(policy)
+    prompt = words.apply_chat_template(
+        [dict(role="user", content=question)],
+        add_generation_prompt=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+    new = words.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert new.strip() == reply
 
 
 def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):
