@@ -91,14 +91,16 @@ sums: tuned
 09: $(if $(MODEL),$(SETUP_WEIGHTS),sums) ## PPO and GRPO on sums, three seeds each, then the metre (MODEL=smollm2; DATA=file for one run)
 	$(PYTHON) 09_rlhf/run.py $(if $(DATA),train $(DATA_FLAG),seeds) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
+# `latest` of 08 stays with the reward model that is meant to be good, however this ends.
 proxy: sums
-	@ls out/08_reward/proxy-*/model.safetensors >/dev/null 2>&1 || { \
-	  before=$$(readlink out/08_reward/latest); \
-	  $(PYTHON) 09_rlhf/run.py pairs --n 1000 --to out/09_rlhf/proxy.jsonl && \
-	  $(PYTHON) 08_reward/run.py train --data out/09_rlhf/proxy.jsonl --model out/07_sft/latest-sum --run proxy && \
-	  if [ -n "$$before" ]; then ln -sfn "$$before" out/08_reward/latest; fi; }
+	@grep -qs '"accuracy"' out/08_reward/proxy-*/run.json || { \
+	  before=$$(readlink out/08_reward/latest); mkdir -p out/08_reward; \
+	  trap 'rm -f out/08_reward/latest; [ -z "$$before" ] || ln -s "$$before" out/08_reward/latest' EXIT; \
+	  $(PYTHON) 09_rlhf/run.py pairs --n 1000 --max_new_tokens 6 --to out/09_rlhf/proxy.jsonl && \
+	  $(PYTHON) 08_reward/run.py train --data out/09_rlhf/proxy.jsonl --model out/07_sft/latest-sum \
+	    --run proxy --steps 120 --freeze_steps 40 --max_lr 4e-3 --tokens_per_step 2048 --eval_every 20; }
 
-hack: proxy ## learn from a poor reward model on purpose, with and without a price on KL
+hack: proxy $(if $(MODEL),$(SETUP_WEIGHTS)) ## learn from a poor reward model on purpose, with and without a price on KL
 	$(PYTHON) 09_rlhf/run.py hack $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 collapse: tokenizer ## the routers of a mixture without balancing, and two cures

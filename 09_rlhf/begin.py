@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 TINY = dict(d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, context_length=128)
 
 
-def find_model(name, first=None):
+def find_model(name, first=None, flag="--model"):
     """The path of --model: a directory, a .gguf file, smollm2; of None the newest of 07 (its link
     `first`, where that is there), or else of 05 and 04; None where there is none yet. ValueError
     for a path that holds no model."""
@@ -43,7 +43,7 @@ def find_model(name, first=None):
         return next((path for path in found if (path / "model.safetensors").exists()), None)
     path = Path(name)
     if not path.exists() or (path.is_dir() and not (path / "config.json").exists()):
-        raise ValueError(f"--model {path} holds no model: make 07 and make 09 train them")
+        raise ValueError(f"{flag} {path} holds no model: make 07 and make 09 train them")
     return path
 
 

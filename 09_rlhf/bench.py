@@ -1,4 +1,4 @@
-"""Ours against TRL's GRPOTrainer: replies and updates per second, and the reward reached, on sums.
+"""Ours against TRL's GRPOTrainer: replies and updates per second, and the reward reached.
 
 Both start from the same weights (07's, tuned on sums), are given the same prompts in the same
 order, draw the same number of replies to each with the same longest length, judge them by the same
@@ -34,12 +34,13 @@ HOME = OUT / "09_rlhf" / "bench"
 
 @dataclass
 class Options:
+    reward: str = "sums"  # sums, or metre: passages to go on with, in up to 40 tokens
     rounds: int = 3  # times that each trains, with seeds 1, 2, ...
-    steps: int = 20  # updates, each on replies that were just drawn
+    steps: int = 50  # updates, each on replies that were just drawn
     prompts: int = 64  # in a step
     group_size: int = 8  # replies to each
-    max_new_tokens: int = 6  # longest reply, tokens
-    max_lr: float = 3e-4  # learning rate
+    max_new_tokens: int | None = None  # longest reply, tokens; None: 6 for sums, 40 for metre
+    max_lr: float = 5e-4  # learning rate
     kl_coef: float = 0.02  # price of a nat of KL
     test_prompts: int = 200  # held-out prompts
 
@@ -53,13 +54,14 @@ class Bench:
 
     def __init__(self, o):
         self.o = o
-        path = begin.find_model(None, "latest-sum")
+        path = begin.find_model(None, "latest-sum" if o.reward == "sums" else None)
+        self.reward = dict(sums=rewards.sums, metre=rewards.metre)[o.reward]
         lm = begin.load_model(path, torch.device("cpu"))
         self.tokenizer, self.template, _ = begin.with_template(lm, "auto")
         self.stops = turns.stop_tokens(lm, self.tokenizer, self.template)
         lm.token_ids["pad_token_id"] = self.tokenizer.eot
         lm.save_pretrained(HOME / "start")
-        learned, held_out = tasks.of_sums()
+        learned, held_out = tasks.of_sums() if o.reward == "sums" else tasks.of_plays()
         self.learned, self.test = learned[: o.steps * o.prompts], held_out[: o.test_prompts]
 
     def encode(self, conversations):
@@ -69,7 +71,7 @@ class Bench:
         rows = [ids[mask].tolist() for ids, mask in zip(drawn.ids, drawn.mask)]
         rows = [row[:-1] if row[-1] in self.stops else row for row in rows]
         texts = [self.tokenizer.decode(row) for row in rows]
-        return rewards.each(rewards.sums)(text_of(conversations), texts)[0]
+        return rewards.each(self.reward)(text_of(conversations), texts)[0]
 
     def reached(self, lm):
         """Mean reward of drawn and of the likeliest replies to held-out prompts."""
@@ -144,19 +146,20 @@ class Bench:
 
         def reward(prompts, completions, **_):
             return [
-                rewards.sums(prompt[-1]["content"], completion[0]["content"])
+                self.reward(prompt[-1]["content"], completion[0]["content"])
                 for prompt, completion in zip(prompts, completions)
             ]
 
         numbers = [
             i for step in range(1, o.steps + 1)
-            for i in rlhf.turn(len(self.learned), o.prompts, seed, step)
+            for i in rlhf.batch_of(len(self.learned), o.prompts, seed, step)
         ]  # fmt: skip
         rows = [dict(prompt=self.learned[i]) for i in numbers]
         trainer = GRPOTrainer(
             model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_list(rows), callbacks=[Clock()],
         )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         model.save_pretrained(HOME / "theirs")
         tokenizer.save_pretrained(HOME / "theirs")
@@ -169,13 +172,16 @@ def bench(given):
     o = build(Options, given)
     if o.rounds < 1 or o.steps < 4 or min(o.prompts, o.test_prompts) < 1 or o.group_size < 2:
         raise ValueError("--rounds from 1, --steps from 4, --group_size from 2")
+    if o.reward not in ("sums", "metre"):
+        raise ValueError(f"--reward {o.reward} is none of sums and metre")
+    o.max_new_tokens = o.max_new_tokens or (6 if o.reward == "sums" else 40)
     warnings.filterwarnings("ignore")
     both = Bench(o)
     result = dict(threads=torch.get_num_threads(), options=given)
     result["gflops"] = begin.matrix_flops(torch.device("cpu"), torch.float32) / 1e9
     print(f"a plain matrix product does {result['gflops']:.0f} GFLOP/s", flush=True)
     drawn, likeliest = both.reached(begin.load_model(HOME / "start", torch.device("cpu")))
-    print(f"start: {drawn:.3f} of drawn replies right, {likeliest:.3f} of the likeliest")
+    print(f"start: mean reward {drawn:.3f} of drawn replies, {likeliest:.3f} of the likeliest")
     found, n = {"ours": [], "TRL": []}, o.prompts * o.group_size
     for seed in range(1, o.rounds + 1):
         for who, train in (("ours", both.ours), ("TRL", both.trl)):
@@ -185,7 +191,7 @@ def bench(given):
             print(
                 f"seed {seed}, {who:5} {n / seconds:7.1f} replies/s, {1 / seconds:.2f} updates/s"
                 + (f" ({drawing / seconds:.0%} of it drawing)" if drawing else "")
-                + f"; {reached[0]:.3f} drawn, {reached[1]:.3f} likeliest right",
+                + f"; held out {reached[0]:.3f} drawn, {reached[1]:.3f} likeliest",
                 flush=True,
             )
     ratio = statistics.median(a[0] / b[0] for a, b in zip(found["ours"], found["TRL"]))
@@ -196,7 +202,7 @@ def bench(given):
         f"{'met' if met else 'missed'}: goal 1.5 times TRL's replies/s at the same reward (within "
         f"3 points); {ratio:.2f} times, {100 * ahead:+.1f} points"
     )
-    with atomic(OUT / "09_rlhf" / "bench.json", "w") as file:
+    with atomic(OUT / "09_rlhf" / f"bench-{o.reward}.json", "w") as file:
         json.dump(result, file, indent=1)
 
 

@@ -85,20 +85,18 @@ def plot(groups, path, goal=None):
 
 def hack(groups, path):
     """{label: lines}: the reward that is learned from and the true one, against KL and step."""
-    figure = Figure(figsize=(10, 4))
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 7))
+    axes = dict(zip(("proxy", "true"), figure.subplots(2, 2)))
     for color, (label, lines) in enumerate(groups.items()):
         some = [line for line in lines if "val_drawn_watched" in line]
         for name, style, what in (("val_drawn", "--", "proxy"), ("val_drawn_watched", "-", "true")):
             values = [line[name] for line in some]
-            if what == "proxy":  # on the scale of the true one, 0 at the start
-                values = [(v - values[0]) / 10 + some[0]["val_drawn_watched"] for v in values]
-            for ax, key in zip(axes, ("val_kl", "step")):
+            for ax, key in zip(axes[what], ("val_kl", "step")):
                 x = [line[key] for line in some]
-                ax.plot(x, values, style, color=f"C{color}", label=f"{label}: {what}")
-    axes[0].set(xlabel="KL to the reference (nats a reply)", ylabel="reward of drawn replies")
-    axes[1].set(xlabel="step")
-    axes[1].legend(fontsize=8)
+                ax.plot(x, values, style, color=f"C{color}", label=label)
+                ax.set(xlabel=dict(val_kl="KL (nats a reply)", step="step")[key])
+                ax.set(ylabel=f"{what} reward, drawn")
+    axes["true"][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

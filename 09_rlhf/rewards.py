@@ -5,7 +5,8 @@ learns what is rewarded, not what was meant: each function here is short enough 
 be cheated.
 
 Parent: 08_reward/reward.py (RewardModel)
-New: sums, final_number, gsm8k, syllables, spoken, metre, stop_in_time, each, of_model, named
+New: question, sums, final_number, gsm8k, syllables, spoken, metre, stop_in_time, each, of_model,
+    version, named
 Changed: RewardModel
 
 GSM8K: Cobbe et al. 2021, arXiv 2110.14168.
@@ -17,8 +18,10 @@ import importlib.util
 import json
 import math
 import re
+from hashlib import sha256
 from pathlib import Path
 
+import begin
 import exchange
 import torch
 import turns
@@ -29,14 +32,20 @@ from torch.nn import functional as F
 import common
 
 
+def question(prompt):
+    """What is asked: a prompt is a str, or messages where the conversation has several."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def sums(prompt, completion):
     """1.0 where the completion is the sum of the prompt's last two numbers and nothing else."""
-    a, b = re.findall(r"\d+", prompt)[-2:]
+    a, b = re.findall(r"\d+", question(prompt))[-2:]
     return float(completion.strip() == str(int(a) + int(b)))
 
 
 def final_number(text):
-    """The number after the last ####, or else the last in a text, as a float; None without one.
+    """The last number after the last ####, or of all the text where there is no ####, as a float;
+    None without one.
 
     "so 3 + 4 = 7 #### 1,234" -> 1234.0"""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
@@ -45,11 +54,13 @@ def final_number(text):
 
 def gsm8k(answers):
     """A reward for questions with worked answers, {question: "... #### number"}: 1.0 where the
-    completion's final number is the answer's."""
-    known = {question: final_number(answer) for question, answer in answers.items()}
+    completion's final number is the answer's. ValueError for an answer without a number."""
+    known = {asked: final_number(answer) for asked, answer in answers.items()}
+    if none := [asked for asked, number in known.items() if number is None]:
+        raise ValueError(f"there is no number in the answer to {none[0]!r}")
 
     def reward(prompt, completion):
-        return float(final_number(completion) == known[prompt])
+        return float(final_number(completion) == known[question(prompt)])
 
     return reward
 
@@ -131,7 +142,7 @@ class RewardModel(nn.Module):
             documents = torch.where(positions < lengths[:, None], 0, -1)
             layout = Layout(positions, documents, torch.zeros_like(ids))
         x = self.trunk.hidden(ids, layout=layout)[rows, lengths - 1]  # (B, C)
-        return F.linear(x.float(), self.head.weight.float())[:, 0]  # close ones differ in float32
+        return F.linear(x.float(), self.head.weight.float())[:, 0]
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
@@ -160,7 +171,7 @@ def of_model(path, device="cpu", batch_size=64):
     def judge(prompts, completions):
         texts, failures = [], []
         for prompt, completion in zip(prompts, completions):
-            asked = [dict(role="user", content=prompt)]
+            asked = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
             said = [*asked, dict(role="assistant", content=completion)]
             reply = turns.encode_reply(said, tokenizer, template)
             if room := max(0, most - len(reply)):
@@ -175,10 +186,21 @@ def of_model(path, device="cpu", batch_size=64):
             ids = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64, device=device)
             for row, i in enumerate(part):
                 ids[row, : len(texts[i])] = torch.tensor(texts[i])
-            rewards[part] = model(ids, lengths).cpu()
+            with torch.autocast(torch.device(device).type, enabled=False):  # close ones differ
+                rewards[part] = model(ids, lengths).cpu()
         return rewards, failures
 
     return judge
+
+
+def version(name):
+    """What tells a reward from one that had this name before: the text of a function's file, a
+    model's files; of the others their name."""
+    path = Path(name.rpartition(":")[0] if ".py:" in name else name)
+    if ".py:" in name:
+        return sha256(path.read_bytes()).hexdigest()[:8]
+    home = common.OUT / "08_reward" / "latest" if name == "model" else path
+    return begin.version(home) if home.is_dir() else name
 
 
 def named(name, answers=None, device="cpu"):

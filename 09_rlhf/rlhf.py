@@ -9,13 +9,13 @@ token's probability may move in a round, and a price on the distance to the mode
 DPO comes without rewards and without drawing: pairs of replies are enough.
 
 Parent: 08_reward/reward.py (Whitening, shape_reward)
-New: Rollout, rollout, select, token_log_probs, entropy, masked_mean, lay_out, Replay, replay,
+New: Rollout, rollout, select, token_log_probs, entropy, masked_mean, lay_out, Scores, score,
     kl_estimates, reinforce_loss, rloo_advantages, masked_var, whiten, gae, ppo_loss, value_loss,
-    KLController, group_advantages, grpo_loss, dpo_loss, ActorCritic, RLConfig, turn, replay_all,
+    KLController, group_advantages, grpo_loss, dpo_loss, ActorCritic, RLConfig, batch_of, score_all,
     advantages_of, learn, judge_pairs, learn_pairs
 Changed: evaluate, train
 
-Read in this order: rollout and what it draws with; replay, which says what a policy thinks of a
+Read in this order: rollout and what it draws with; score, which says what a policy thinks of a
 reply; the KL estimates; then an advantage and a loss for each method, from REINFORCE to DPO; last
 one round and the loop around it. shape_reward is 08's. Beside it: policy.py is the model,
 rewards.py and tasks.py say what is wanted and what is asked, curves.py draws; begin.py, turns.py,
@@ -90,7 +90,10 @@ def rollout(
     weight, training = model.token_embedding.weight, model.training
     ids, pads = pad(prompts, weight.device)  # (P, T), on the left
     total = check_length(ids.shape[1], max_new_tokens, model.config)
-    cache = KVCache(model.config, len(ids), total, pads, weight.device, weight.dtype)
+    low, kind = weight.dtype, weight.device.type
+    if torch.is_autocast_enabled(kind):  # in which keys and values come
+        low = torch.get_autocast_dtype(kind)
+    cache = KVCache(model.config, len(ids), total, pads, weight.device, low)
     model.eval()
     logits = model.prefill(ids, cache)  # (P, V)
     rows = torch.arange(len(ids), device=ids.device).repeat_interleave(group_size)  # (B,)
@@ -182,7 +185,7 @@ def lay_out(rollout, row_tokens):
     return ids, Layout(positions, documents, branches), rows, before
 
 
-class Replay(NamedTuple):
+class Scores(NamedTuple):
     """What a policy thinks of the tokens of a Rollout, float32 (B, N) each, 0 where there is none;
     None what was not asked for. entropies are in nats, of the whole distribution."""
 
@@ -191,11 +194,11 @@ class Replay(NamedTuple):
     entropies: torch.Tensor | None = None
 
 
-def replay(
+def score(
     model, rollout, temperature=1.0, top_k=None, top_p=None, value=None, log_probs=True,
     entropies=False,
 ):  # fmt: skip
-    """The Replay of a Rollout by a TransformerLM and, where given, a value head (C to 1): its
+    """The Scores of a Rollout by a TransformerLM and, where given, a value head (C to 1): its
     log_probs are those of the settings that drew it."""
     ids, layout, rows, before = lay_out(rollout, model.config.context_length)
     mask = rollout.mask
@@ -206,10 +209,10 @@ def replay(
 
     values = None if value is None else place(value(x)[:, 0])
     if not log_probs:
-        return Replay(values=values)
+        return Scores(values=values)
     logits, drawn = model.output(x), rollout.ids[mask]  # (tokens, V), (tokens,)
     found = place(token_log_probs(logits, drawn, temperature, top_k, top_p))
-    return Replay(found, values, place(entropy(logits)) if entropies else None)
+    return Scores(found, values, place(entropy(logits)) if entropies else None)
 
 
 def kl_estimates(log_probs, reference):
@@ -329,6 +332,7 @@ def group_advantages(rewards, group_size, eps=1e-6, normalize_by_std=True):
     groups = rewards.view(-1, group_size)
     known = ~groups.isnan()
     n = known.sum(1, keepdim=True)
+    groups = groups - groups.nan_to_num(math.inf).amin(1, keepdim=True)  # equal ones: exactly 0
     ahead = torch.where(known, groups - groups.nansum(1, keepdim=True) / n.clamp(min=1), 0.0)
     if normalize_by_std:
         ahead = ahead / ((ahead**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt().add(eps)
@@ -343,8 +347,8 @@ def grpo_loss(
     a reply, (B,), and beta times the k3 estimate of the KL to `reference` (B, N) in the loss.
 
     length_normalised: a mean over a reply's tokens, then over replies, by which a long wrong reply
-    costs no more than a short one; else all tokens count alike (Dr. GRPO, DAPO). total: replies, or
-    else tokens, in all micro-batches (None: in this). clip_high above clip leaves unlikely tokens
+    costs no more than a short one; else all tokens count alike (DAPO). total: replies, or else
+    tokens, in all micro-batches (None: in this). clip_high above clip leaves unlikely tokens
     room to grow (DAPO, Yu et al. 2025)."""
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
@@ -476,13 +480,13 @@ class RLConfig:
     temperature: float = 1.0  # of the draw
     top_k: int | None = None  # draw from this many likeliest tokens
     top_p: float | None = None  # draw from the likeliest tokens that make up this probability
-    epochs: int = 2  # passes over a round's replies
-    minibatches: int = 2  # optimizer steps in a pass
+    epochs: int = 1  # passes over a round's replies
+    minibatches: int | None = None  # optimizer steps in a pass; None: 2, of reinforce and rloo 1
     micro_prompts: int | None = None  # prompts at once, the rest is accumulated; None: all
     clip: float = 0.2  # how far a token's ratio counts, down and up
     clip_high: float | None = None  # how far up, where that differs (DAPO: 0.28)
-    kl_coef: float = 0.02  # price of a nat of KL to the reference
-    kl_target: float | None = None  # KL, nats a reply, that the price is moved for; None: fixed
+    kl_coef: float = 0.02  # price of a nat of KL: of a reply; of grpo, in its loss, of a token
+    kl_target: float | None = None  # KL, nats a reply, that moves the price; None: it stays
     kl_horizon: int = 10_000  # replies in which the price can move by a fifth
     max_kl: float = 30.0  # KL, nats a reply, at which the run stops
     gamma: float = 1.0  # discount of rewards a token later, of ppo
@@ -490,7 +494,7 @@ class RLConfig:
     value_coef: float = 0.1  # weight of ppo's value loss
     value_clip: float = 0.2  # how far a value counts as moved in a round, of ppo
     normalize_by_std: bool = True  # divide grpo's advantages by their group's deviation
-    skip_equal: bool = True  # leave out grpo's groups whose rewards are equal: DAPO's filter
+    skip_equal: bool = True  # leave out grpo's groups whose rewards are equal
     length_normalised: bool = True  # in grpo replies count alike; without, tokens do
     beta: float = 0.1  # what dpo takes a nat of log-ratio to be worth
     ipo: bool = False  # IPO's squared loss in place of dpo's
@@ -511,11 +515,14 @@ class RLConfig:
     max_norm: float = 1.0  # gradients are clipped to this norm
     eval_every: int = 10  # steps between evaluations and checkpoints
     eval_prompts: int = 200  # held-out prompts in an evaluation
-    seed: int = 1  # of prompts, draws and dropout
+    seed: int = 1  # of prompts and draws
 
     def __post_init__(self):
+        once = self.algorithm in ("reinforce", "rloo")
+        if self.minibatches is None:
+            self.minibatches = 1 if once or self.prompts_per_step == 1 else 2
         names = "steps prompts_per_step max_new_tokens epochs minibatches eval_every eval_prompts"
-        for name in names.split():
+        for name in [*names.split(), "kl_horizon"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be at least 1")
         for name, known in (
@@ -529,6 +536,11 @@ class RLConfig:
                 f"--group_size {self.group_size}: {self.algorithm} compares the replies to one "
                 "prompt, give at least 2"
             )
+        if once and self.epochs * self.minibatches > 1:
+            raise ValueError(
+                f"--epochs {self.epochs} --minibatches {self.minibatches}: {self.algorithm} learns "
+                "once from what was just drawn; ppo and grpo know how far they have moved"
+            )
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: replies are drawn, so above 0")
         next_probs(torch.zeros(1, 2), self.temperature, self.top_k, self.top_p)  # says what is off
@@ -540,10 +552,17 @@ class RLConfig:
             raise ValueError("--clip is between 0 and 1, --clip_high above 0")
         if min(self.kl_coef, self.value_coef) < 0 or self.beta <= 0 or self.max_kl <= 0:
             raise ValueError("--kl_coef, --value_coef are not below 0; --beta, --max_kl are above")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise ValueError(f"--kl_target {self.kl_target} is not above 0")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.kl_coef > 0):
+            raise ValueError(f"--kl_target {self.kl_target} and --kl_coef have to be above 0")
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1 and 0 <= self.smoothing < 0.5):
             raise ValueError("--gamma and --lam are from 0 to 1, --smoothing from 0 to below 0.5")
+        if min(self.length_penalty, self.missing_end_penalty, self.weight_decay, self.seed) < 0:
+            raise ValueError("penalties, --weight_decay and --seed are not below 0")
+        clip = self.max_norm if self.reward_clip is None else self.reward_clip
+        if min(self.max_norm, self.value_clip, clip) <= 0:
+            raise ValueError("--max_norm, --value_clip and --reward_clip are above 0")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError("--beta1 and --beta2 are from 0 to below 1")
         if not 0 <= self.max_failed <= 1:
             raise ValueError(f"--max_failed {self.max_failed} is not from 0 to 1")
         lr_schedule(0, self.max_lr, self.min_lr, 1, 1, self.schedule)  # says if it is unknown
@@ -553,7 +572,7 @@ class RLConfig:
         return dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
-def turn(n, size, seed, step):
+def batch_of(n, size, seed, step):
     """Which of n things are step's (from 1) `size`: each comes once, by chance, before any comes
     again. It depends on nothing else, so a resume needs no state."""
     places = np.arange((step - 1) * size, step * size)
@@ -562,11 +581,11 @@ def turn(n, size, seed, step):
 
 
 @torch.no_grad()
-def replay_all(model, rollout, config, **wanted):
-    """The Replay of a whole Rollout, as many prompts at once as config says."""
+def score_all(model, rollout, config, **wanted):
+    """The Scores of a whole Rollout, as many prompts at once as config says."""
     numbers = torch.arange(len(rollout.prompts)).split(config.micro_prompts or len(rollout.ids))
-    parts = [replay(model, rollout.groups(n)[0], **config.draw, **wanted) for n in numbers]
-    return Replay(*(None if x[0] is None else torch.cat(x) for x in zip(*parts)))
+    parts = [score(model, rollout.groups(n)[0], **config.draw, **wanted) for n in numbers]
+    return Scores(*(None if x[0] is None else torch.cat(x) for x in zip(*parts)))
 
 
 def advantages_of(rollout, rewards, mask, log_ratio, values, config, price):
@@ -598,12 +617,12 @@ def learn(policy, reference, rollout, rewards, config, price, step_with, autocas
     value = policy.value if config.algorithm == "ppo" else None
     P, metrics = len(rollout.prompts), {}
     with autocast:
-        theirs, values = replay_all(reference, rollout, config).log_probs, None
+        theirs, values = score_all(reference, rollout, config).log_probs, None
         if value is not None:
-            values = replay_all(policy.lm, rollout, config, value=value, log_probs=False).values
+            values = score_all(policy.lm, rollout, config, value=value, log_probs=False).values
     log_ratio, _, k3 = kl_estimates(rollout.log_probs, theirs)
-    metrics["kl"] = (log_ratio * mask).sum(1).mean().item()  # nats a reply
-    metrics["kl_k3"] = (k3 * mask).sum(1).mean().item()
+    metrics["kl"] = (log_ratio * rollout.mask).sum(1).mean().item()  # nats a reply
+    metrics["kl_k3"] = (k3 * rollout.mask).sum(1).mean().item()
     if metrics["kl"] > config.max_kl:
         return metrics
     advantages, returns = advantages_of(rollout, rewards, mask, log_ratio, values, config, price)
@@ -615,7 +634,7 @@ def learn(policy, reference, rollout, rewards, config, price, step_with, autocas
     if returns is not None:
         off, spread = masked_var(returns - values, mask), masked_var(returns, mask)
         metrics["explained_variance"] = (1 - off / spread.clamp(min=1e-12)).item()
-    sums, n = torch.zeros(3), config.epochs * config.minibatches
+    sums, steps = torch.zeros(3), 0
     by_reply = config.algorithm == "grpo" and config.length_normalised
     for _ in range(config.epochs):
         for minibatch in groups[torch.randperm(len(groups))].tensor_split(config.minibatches):
@@ -626,7 +645,7 @@ def learn(policy, reference, rollout, rewards, config, price, step_with, autocas
             for numbers in minibatch.split(config.micro_prompts or P):
                 some, rows = rollout.groups(numbers)
                 with autocast:
-                    new = replay(policy.lm, some, **config.draw, value=value)
+                    new = score(policy.lm, some, **config.draw, value=value)
                 old, counted = some.log_probs, mask[rows]
                 clipped = torch.zeros(())
                 if config.algorithm in ("reinforce", "rloo"):
@@ -642,10 +661,11 @@ def learn(policy, reference, rollout, rewards, config, price, step_with, autocas
                     moved = (values[rows], returns[rows], counted, config.value_clip, total)
                     loss = loss + config.value_coef * value_loss(new.values, *moved)
                 loss.backward()
-                sums += torch.tensor([loss.item() / n, clipped.item() / n, 0.0])
-            sums[2] += step_with() / n
+                sums += torch.tensor([loss.item(), clipped.item(), 0.0])
+            sums[2] += step_with()
+            steps += 1
     names = ("train_loss", "clip_fraction", "grad_norm")
-    return metrics | dict(zip(names, sums.tolist()))
+    return metrics | dict(zip(names, (sums / max(steps, 1)).tolist()))
 
 
 def judge_pairs(policy, reference, pairs, config):
@@ -659,9 +679,9 @@ def judge_pairs(policy, reference, pairs, config):
         ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text, device=device), 1
     nothing = torch.zeros(ids.shape, device=device)
     both = Rollout([prompt for prompt, *_ in pairs], ids, mask.bool(), nothing, mask[:, 0].bool())
-    mine = replay(policy.lm, both).log_probs.sum(1)  # (2 pairs,)
+    mine = score(policy.lm, both).log_probs.sum(1)  # (2 pairs,)
     with torch.no_grad():
-        theirs = replay(reference, both).log_probs.sum(1)
+        theirs = score(reference, both).log_probs.sum(1)
     four = (*mine.view(-1, 2).T, *theirs.view(-1, 2).T)
     return dpo_loss(*four, config.beta, config.ipo, config.smoothing)
 
@@ -691,8 +711,8 @@ def evaluate(policy, reference, prompts, stops, judge, config):
     length = (config.max_new_tokens, stops)
     likeliest = rollout(policy.lm, prompts, *length, temperature=0)
     drawn = rollout(policy.lm, prompts, *length, **config.draw)
-    theirs = replay_all(reference, drawn, config)
-    mine = replay_all(policy.lm, drawn, config, entropies=True)
+    theirs = score_all(reference, drawn, config)
+    mine = score_all(policy.lm, drawn, config, entropies=True)
     found = {}
     for which, replies in (("reward", likeliest), ("drawn", drawn)):
         for name, rewards in judge(replies).items():
@@ -717,8 +737,9 @@ def train(
     common.Run. In run.dir: the model and state.pt of the last evaluation, from which a resume goes
     on to the bit. Ctrl-C and SIGTERM save, then exit with 130 and 0; a second one ends at once.
 
-    Raises ValueError on a loss that is not finite, where the KL to the reference passes max_kl or
-    more than max_failed of a round's replies have no reward; run.dir then holds the last good."""
+    Raises ValueError on a gradient that is not finite, where the KL to the reference passes max_kl
+    and where more than max_failed of a round's replies have no reward; run.dir then holds the last
+    good."""
     policy.value.requires_grad_(config.algorithm == "ppo")
     optimizers, path = optimizers_of(policy, config), run.dir / "state.pt"
     learned = [p for p in policy.parameters() if p.requires_grad]
@@ -766,7 +787,7 @@ def train(
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         size = min(config.prompts_per_step, len(prompts))
-        numbers = turn(len(prompts), size, config.seed, step)
+        numbers = batch_of(len(prompts), size, config.seed, step)
         some = [prompts[i] for i in numbers]
         line = dict(step=step, time=0.0, lr=lr, val_loss=None, val_bpb=None, mfu=None)
         if config.algorithm == "dpo":

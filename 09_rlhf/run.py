@@ -24,9 +24,9 @@ from common import OUT, Run, atomic, build, main, pick_device, progress
 
 HERE = Path(__file__).resolve().parent
 # What a reward changes in RLConfig for a small model, what a real one does, and an algorithm.
-FAST = dict(optimizer="muon", max_lr=3e-3, epochs=1, minibatches=2, prompts_per_step=192)
+FAST = dict(optimizer="muon", max_lr=2e-3, epochs=1, minibatches=2, prompts_per_step=192)
 FAST |= dict(group_size=4, steps=110)
-LINES = FAST | dict(max_new_tokens=40, prompts_per_step=32, steps=50, max_lr=1.5e-3, kl_coef=0.15)
+LINES = FAST | dict(max_new_tokens=40, prompts_per_step=32, steps=40, max_lr=1.5e-3, kl_coef=0.15)
 SMALL = dict(sums=FAST | dict(max_new_tokens=6))
 LARGE = dict(max_lr=1e-5, micro_prompts=4, prompts_per_step=16, max_new_tokens=128, eval_prompts=64)
 ON_POLICY = dict(epochs=1, minibatches=1)  # what has no clip learns once from what was just drawn
@@ -37,8 +37,9 @@ LEAST = 0.05  # share that has to be right before there is anything to learn fro
 
 @dataclass
 class Task:
-    reward: str | None = None  # sums, metre, stop_in_time, gsm8k, model, path, file.py:name (sums)
+    reward: str | None = None  # sums, metre, stop_in_time, gsm8k, model, path, file.py:name
     data: str | None = None  # .json, .jsonl, .csv of prompts, dpo: pairs; None: the reward's own
+    watch: str | None = None  # a reward that is only watched, such as the true one of a proxy
     model: str | None = None  # directory, .gguf file or smollm2; None: newest of 07, or 05, 04
     template: str = "auto"  # own, chatml or alpaca; auto: the model's own, else chatml
 
@@ -46,8 +47,7 @@ class Task:
 @dataclass
 class Options:
     reference: str | None = None  # directory of the model to stay near; None: what it begins as
-    pairs: int = 2000  # prompts that dpo draws replies to, to make pairs, where --data has none
-    watch: str | None = None  # a reward that is only watched, such as the true one of a proxy
+    pairs: int = 2000  # prompts whose replies dpo makes pairs of, without pairs in --data
     buffer: bool = False  # write what is drawn, with its rewards, to <run>/rollouts.jsonl
     device: str = "auto"  # auto, cpu, cuda or cuda:1
     run: str = "run"  # first part of the name of the run's directory
@@ -59,6 +59,9 @@ class Options:
 class PairOptions:
     to: str = str(OUT / "09_rlhf" / "pairs.jsonl")  # the file to write
     n: int = 2000  # prompts to draw replies to
+    group_size: int = 4  # replies to each
+    max_new_tokens: int = 32  # longest reply, tokens
+    seed: int = 1  # of the draws
     device: str = "auto"  # auto, cpu, cuda or cuda:1
 
 
@@ -81,27 +84,57 @@ class EvalOptions:
 # ---- what is asked and who answers
 
 
+def about_sums(task):
+    return "sums" in (task.reward, task.watch) and task.data is None
+
+
 def ask(task):
-    """(training prompts, held-out prompts, {prompt: answer}, what to say of them)."""
+    """(training prompts, held-out prompts, {question: answer}, what to say of them)."""
     if task.data is not None:
-        *parts, answers = tasks.of_file(task.data)
+        *parts, answers = tasks.of_prompts(task.data)
     elif task.reward == "gsm8k":
         raise ValueError("--reward gsm8k needs --data, a file with question and answer")
     else:
-        parts, answers = (tasks.of_sums() if task.reward == "sums" else tasks.of_plays()), {}
-    what = task.data or ("sums" if task.reward == "sums" else "passages of the plays")
+        parts, answers = (tasks.of_sums() if about_sums(task) else tasks.of_plays()), {}
+    what = task.data or ("sums" if about_sums(task) else "passages of the plays")
     return *parts, answers, f"{what}: {len(parts[0]):,} prompts, {len(parts[1]):,} held out"
+
+
+def judges(task, answers, device):
+    """{"": the judge of what is learned from, "_watched": of what is watched}, those there are."""
+    found = {"": task.reward, "_watched": task.watch}
+    return {k: rewards.named(name, answers, device) for k, name in found.items() if name}
 
 
 def begin_with(task, device, seed=1):
     """(model, tokenizer, template, ids that end a reply, path) to begin from."""
-    path = begin.find_model(task.model, "latest-sum" if task.reward == "sums" else None)
+    path = begin.find_model(task.model, "latest-sum" if about_sums(task) else None)
     torch.manual_seed(seed)
     lm = begin.load_model(path, device)
     tokenizer, template, added = begin.with_template(lm, task.template)
     if added:
         print(f"tokens added for the {template.name} template: {' '.join(added)}")
     return lm, tokenizer, template, turns.stop_tokens(lm, tokenizer, template), path
+
+
+def reference_of(name, lm, device):
+    """The model in a directory, to stay near to, or of None a copy of lm."""
+    reference = lm
+    if name is not None:
+        reference = begin.load_model(begin.find_model(name, flag="--reference"), device)
+        files = [one.tokenizer_files.get("tokenizer.json") for one in (lm, reference)]
+        if files[0] != files[1] or reference.config.vocab_size != lm.config.vocab_size:
+            raise ValueError(
+                f"--reference {name} has another tokenizer than the model: what it thinks of the "
+                "model's tokens would mean nothing"
+            )
+    return copy.deepcopy(reference).eval().requires_grad_(False)
+
+
+def preset(task, algorithm, large=False):
+    """What changes in RLConfig."""
+    changes = SMALL.get("sums" if about_sums(task) else task.reward, LINES)
+    return (LARGE if large else changes) | ALGORITHMS.get(algorithm, {})
 
 
 def room(lm, n):
@@ -148,30 +181,35 @@ def texts_of(drawn, tokenizer, stops):
     return [tokenizer.decode(ids[:-1] if ids[-1] in stops else ids).strip() for ids in rows]
 
 
-def make_pairs(policy, prompts, judged, how, stops, path):
+def prompt_of(messages):
+    """What a judge is told was asked: the text, or all messages where there are several."""
+    return messages[0]["content"] if len(messages) == 1 else messages
+
+
+def make_pairs(policy, prompts, judge, how, tokenizer, stops, path):
     """Pairs for DPO of the policy's own replies to prompts, (messages, ids) each: the best and the
-    worst of a group where their rewards differ. They are written to `path`, as text."""
-    pairs, lines, G = [], [], max(2, how.group_size)
-    for start in progress(iterable=range(0, len(prompts), 256), desc="drawing"):
-        some = prompts[start : start + 256]
-        drawn = rlhf.rollout(
-            policy, [ids for _, ids in some], how.max_new_tokens, stops, G, **how.draw
-        )
-        found, texts = judged([messages for messages, _ in some for _ in range(G)], drawn)
+    worst of a group where their rewards differ. They are written to `path`, as text and as ids."""
+    lines, G, bar = [], max(2, how.group_size), progress(total=len(prompts), desc="drawing")
+    for start in range(0, len(prompts), how.prompts_per_step):
+        some = prompts[start : start + how.prompts_per_step]
+        asked = [ids for _, ids in some]
+        drawn = rlhf.rollout(policy, asked, how.max_new_tokens, stops, G, **how.draw)
+        texts = texts_of(drawn, tokenizer, stops)
+        found = judge([prompt_of(messages) for messages, _ in some for _ in range(G)], texts)[0]
         rows = [ids[:n] for ids, n in zip(drawn.ids.tolist(), drawn.mask.sum(1).tolist())]
         for i, (messages, ids) in enumerate(some):
-            group = [b for b in range(i * G, i * G + G) if not found[""][b].isnan()]
-            group.sort(key=found[""].__getitem__)
-            if group and found[""][group[-1]] > found[""][group[0]]:
+            group = [b for b in range(i * G, i * G + G) if not found[b].isnan()]
+            group.sort(key=found.__getitem__)
+            if group and found[group[-1]] > found[group[0]]:
                 best, worst = group[-1], group[0]
-                pairs.append((ids, rows[best], rows[worst]))
-                said = dict(chosen=texts[best], rejected=texts[worst])
-                lines.append(dict(prompt=messages[-1]["content"]) | said)
+                line = dict(prompt=prompt_of(messages), chosen=texts[best], rejected=texts[worst])
+                lines.append(line | dict(ids=[ids, rows[best], rows[worst]]))
+        bar.update(len(some))
+    bar.close()
+    if not lines:
+        raise ValueError("all replies to each prompt were equally good: there are no pairs to make")
     with atomic(path, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-    if not pairs:
-        raise ValueError("all replies to each prompt were equally good: there are no pairs to make")
-    return pairs
 
 
 # ---- training
@@ -180,70 +218,56 @@ def make_pairs(policy, prompts, judged, how, stops, path):
 def train(given):
     """teach a model from rewards, or from pairs (--algorithm dpo), and test it before and after"""
     task, options = build(Task, given), build(Options, given)
-    build(rlhf.RLConfig, given)  # says what is wrong before anything is read
-    device, dtype, reason = pick_device(options.device)
     algorithm = given.get("algorithm", rlhf.RLConfig.algorithm)
-    of_pairs = algorithm == "dpo" and task.data is not None
+    of_pairs = algorithm == "dpo" and task.data is not None and task.reward is None
+    if task.data is not None and task.reward is None and not of_pairs:
+        raise ValueError("--data needs a --reward for the replies, or --algorithm dpo and pairs")
+    task.reward = task.reward or (None if of_pairs else "sums")
+    build(rlhf.RLConfig, given, **preset(task, algorithm))  # says what is wrong before it reads
+    device, dtype, reason = pick_device(options.device)
     if options.pairs < 1:
         raise ValueError(f"--pairs {options.pairs}: it must be at least 1")
-    task.reward = task.reward or (None if of_pairs else "sums")
     if of_pairs:
-        (learned, held_out), answers = tasks.pairs_of(task.data), {}
+        (learned, held_out), answers = tasks.of_pairs(task.data), {}
         said = f"{task.data}: {len(learned):,} pairs, {len(held_out):,} held out"
     else:
         learned, held_out, answers, said = ask(task)
-    judge = rewards.named(task.reward, answers, device) if task.reward else None
+    judged_by = judges(task, answers, device)
     lm, tokenizer, template, stops, path = begin_with(task, device, given.get("seed", 1))
     size = sum(p.numel() for p in lm.parameters())
-    changes = LARGE if size > 5e7 else SMALL.get(task.reward, LINES)
-    changes = changes | ALGORITHMS.get(algorithm, {})
-    how = build(rlhf.RLConfig, given, **changes)
+    how = build(rlhf.RLConfig, given, **preset(task, algorithm, size > 5e7))
     most, text = room(lm, how.max_new_tokens), (tokenizer, template)
     test = encode([x[0] for x in held_out] if of_pairs else held_out, *text, most)
     test, held_pairs = test[: how.eval_prompts], []
     if of_pairs:
         examples = encode_pairs(learned, *text, lm.config.context_length)
-        held_pairs = encode_pairs(held_out, *text, lm.config.context_length)
+        held_pairs = encode_pairs(held_out, *text, lm.config.context_length)[: how.eval_prompts]
     else:
         asked = encode(learned, *text, most)
         examples = [ids for _, ids in asked]
-    reference = lm
-    if options.reference is not None:
-        reference = begin.load_model(begin.find_model(options.reference), device)
-        files = [one.tokenizer_files.get("tokenizer.json") for one in (lm, reference)]
-        if files[0] != files[1] or reference.config.vocab_size != lm.config.vocab_size:
-            raise ValueError(
-                f"--reference {options.reference} has another tokenizer than the model: what it "
-                "thinks of the model's tokens would mean nothing"
-            )
-    reference = copy.deepcopy(reference).eval().requires_grad_(False)
+    reference = reference_of(options.reference, lm, device)
     plan = asdict(how) | asdict(task) | dict(model=begin.version(path), device=device.type)
-    plan |= dict(reference=options.reference, template=template.name, drawn=options.pairs)
-    plan |= dict(texts=sha256(json.dumps([examples, test]).encode()).hexdigest()[:8])
+    plan |= dict(template=template.name, drawn=options.pairs)
+    plan |= dict(reference=options.reference and begin.version(Path(options.reference)))
+    plan |= dict(rewards=[rewards.version(name) for name in (task.reward, task.watch) if name])
+    plan |= dict(texts=sha256(json.dumps([examples, test, answers]).encode()).hexdigest()[:8])
     code = b"".join((HERE / f"{m}.py").read_bytes() for m in ("policy", "descent", "rewards"))
     plan |= dict(code=sha256(code).hexdigest()[:8])
     run = Run(rlhf.__file__, plan, options.run, options.fresh)
     if run.result:
-        print(f"{run.dir} is finished: {summary(run.result)}")
+        print(f"{run.dir} is finished: {result_text(run.result)}")
         return print(f"go on with --steps {2 * how.steps}, or begin again with --fresh")
     policy = rlhf.ActorCritic(lm)
 
-    watched = {"": judge} if judge else {}
-    if options.watch is not None:
-        watched["_watched"] = rewards.named(options.watch, answers, device)
-
     def judged(messages, drawn):
         """{name: rewards (B,)} of replies to these conversations, and the replies as text."""
-        texts, questions = (
-            texts_of(drawn, tokenizer, stops),
-            [one[-1]["content"] for one in messages],
-        )
-        return {name: one(questions, texts)[0].to(device) for name, one in watched.items()}, texts
+        texts, prompts = texts_of(drawn, tokenizer, stops), list(map(prompt_of, messages))
+        return {name: one(prompts, texts)[0].to(device) for name, one in judged_by.items()}, texts
 
     def judge_round(step, numbers, drawn):
         messages = [asked[i][0] for i in numbers for _ in range(how.group_size)]
         texts = texts_of(drawn, tokenizer, stops)
-        found, failures = judge([one[-1]["content"] for one in messages], texts)
+        found, failures = judged_by[""](list(map(prompt_of, messages)), texts)
         if failures:
             say(f"step {step}: {len(failures)} replies left out; the first: {failures[0]}")
         if options.buffer:
@@ -254,11 +278,13 @@ def train(given):
 
     def validate():
         found = rlhf.evaluate(policy, reference, ids, stops, lambda x: judged(rows, x)[0], how)
-        if held_pairs:
+        n, ahead = how.micro_prompts or len(held_pairs), []
+        for start in range(0, len(held_pairs), max(n, 1)):
             with torch.no_grad():
-                _, chosen, rejected = rlhf.judge_pairs(policy, reference, held_pairs, how)
-            found["val_in_order"] = (chosen > rejected).float().mean().item()
-        return found
+                some = held_pairs[start : start + n]
+                _, chosen, rejected = rlhf.judge_pairs(policy, reference, some, how)
+            ahead.append(chosen > rejected)
+        return found | (dict(val_in_order=torch.cat(ahead).float().mean().item()) if ahead else {})
 
     def replies():
         """What the policy answers to some of the held-out prompts, with rewards."""
@@ -267,13 +293,20 @@ def train(given):
         values = found.get("", torch.full((len(texts),), math.nan)).tolist()
         return [dict(reply=text, reward=value) for text, value in zip(texts, values)]
 
+    def say(text):
+        (bar.write if sys.stderr.isatty() else print)(text)
+        sys.stdout.flush()
+
+    said += f"; {len(examples):,} of them fit"
     if algorithm == "dpo" and not of_pairs:
         kept = run.dir / "pairs.jsonl"
-        drawn_from = asked[: options.pairs]
-        examples = make_pairs(lm, drawn_from, judged, how, stops, kept)
+        if not kept.exists():
+            some = asked[: options.pairs]
+            make_pairs(lm, some, judged_by[""], how, tokenizer, stops, kept)
+        examples = [json.loads(line)["ids"] for line in open(kept)]
         said += f"; {len(examples):,} pairs of the best and worst of its own replies in {kept}"
     print(f"model: {path or 'random'}, {size:,} parameters; reference: {options.reference or 'it'}")
-    print(f"prompts: {said}; {len(examples):,} fit beside a reply of {how.max_new_tokens} tokens")
+    print(f"prompts: {said}")
     print(f"device: {device} ({reason}), {dtype}, {torch.get_num_threads()} threads")
     print(f"steps: {how.steps:,}, {algorithm}; {plan_of(how, len(examples))}")
     print(f"run: {run.dir}" + (" (going on)" if run.resume else ""), flush=True)
@@ -284,7 +317,6 @@ def train(given):
         with atomic(before, "w") as file:
             json.dump(replies(), file)
     bar = progress(total=how.steps, desc="step")
-    say = bar.write if sys.stderr.isatty() else print
 
     def on_step(line):
         bar.update(line["step"] - bar.n)
@@ -300,13 +332,10 @@ def train(given):
         if line["step"] == 0 and task.reward in EXACT and right < LEAST:
             raise ValueError(
                 f"only {right:.1%} of the drawn replies are right, too few to learn from: "
-                + (
-                    "make sums trains a start"
-                    if task.reward == "sums"
-                    else "train on answers first"
-                )
+                + ("make sums trains a start" if task.model is None else "give another --model")
             )
 
+    torch.manual_seed(how.seed)
     try:
         rlhf.train(
             policy, reference, examples, judge_round, validate, lm.save_pretrained, how, run, stops,
@@ -321,19 +350,29 @@ def train(given):
     curves.samples(rows, json.loads(before.read_text()), replies(), run.dir / "samples.md")
     first, last = lines[0], lines[-1]
     result = dict(reward=task.reward, algorithm=algorithm, steps=last["step"], seed=how.seed)
-    names = dict(before="val_reward", before_drawn="val_drawn")
-    result |= {name: round(first[key], 4) for name, key in names.items() if key in first}
-    for name in ("val_reward", "val_drawn", "val_reward_watched", "val_in_order", "val_kl"):
-        if name in last:
-            result[name.removeprefix("val_")] = round(last[name], 4)
+    for name, line, key in (
+        ("before", first, "val_reward"), ("before_drawn", first, "val_drawn"),
+        ("after", last, "val_reward"), ("after_drawn", last, "val_drawn"),
+        ("watched", last, "val_reward_watched"), ("in_order", last, "val_in_order"),
+        ("kl", last, "val_kl"),
+    ):  # fmt: skip
+        if key in line:
+            result[name] = round(line[key], 4)
     result |= dict(minutes=round(last["time"] / 60, 2), peak_gib=begin.peak_memory(device))
     result["peak_gib"] = round(result["peak_gib"], 2)
-    result["replies_per_s"] = round(np.median([x.get("replies_per_s", 0) for x in lines[1:]]))
+    rates = [line["replies_per_s"] for line in lines if "replies_per_s" in line]
+    result |= dict(replies_per_s=round(np.median(rates))) if rates else {}
     run.finish(result)
     if options.record:
         begin.record(result, device)
-    print(f"{summary(last)}, from {summary(first)}")
+    print(f"{summary(last)}; before: {summary(first)}")
     print(f"model, curves.png, samples.md and metrics are in {run.dir}")
+
+
+def result_text(result):
+    """The figures of a finished run, as text."""
+    names = ("before", "after", "after_drawn", "watched", "in_order", "kl")
+    return ", ".join(f"{name} {result[name]:.3f}" for name in names if name in result)
 
 
 def plan_of(how, n):
@@ -353,24 +392,17 @@ def keep_rollout(path, step, messages, texts, found, drawn):
     rows = zip(messages, texts, found.tolist(), drawn.mask.sum(1).tolist(), log_probs)
     with open(path, "a") as file:
         for (message, text, value, n, nats), ended in zip(rows, drawn.ended.tolist()):
-            row = dict(step=step, prompt=message[-1]["content"], completion=text)
+            row = dict(step=step, prompt=prompt_of(message), completion=text)
             row |= dict(reward=None if math.isnan(value) else value, tokens=n, ended=ended)
             file.write(json.dumps(row | dict(log_prob=round(nats, 4))) + "\n")
 
 
 def summary(line):
-    """The held-out figures of a line of metrics or a result, as text."""
-    found = {name.removeprefix("val_"): value for name, value in line.items()}
-    said = []
-    if "reward" in found and not isinstance(found["reward"], str):
-        said.append(f"held out {found['reward']:.3f}")
-    if "drawn" in found:
-        said.append(f"drawn {found['drawn']:.3f}")
-    if "reward_watched" in found:
-        said.append(f"watched {found['reward_watched']:.3f}")
-    if "in_order" in found:
-        said.append(f"{found['in_order']:.1%} of held-out pairs in order")
-    return ", ".join([*said, f"KL {abs(found['kl']):.2f} nats a reply"])
+    """The held-out figures of a line of metrics, as text."""
+    names = dict(reward="held out", drawn="drawn", reward_watched="watched", in_order="in order")
+    found = {said: line[f"val_{name}"] for name, said in names.items() if f"val_{name}" in line}
+    said = [f"{name} {value:.3f}" for name, value in found.items()]
+    return ", ".join([*said, f"KL {line['val_kl'] + 0.0:.2f} nats a reply"])
 
 
 # ---- looking
@@ -378,23 +410,21 @@ def summary(line):
 
 def pairs(given):
     """draw replies and write the best and the worst of each group to a file, for 08 or dpo"""
-    task, options, how = build(Task, given), build(PairOptions, given), build(rlhf.RLConfig, given)
-    if options.n < 1:
-        raise ValueError(f"--n {options.n}: it must be at least 1")
+    task, options = build(Task, given), build(PairOptions, given)
+    if min(options.n, options.group_size, options.max_new_tokens) < 1 or options.seed < 0:
+        raise ValueError("--n, --group_size and --max_new_tokens are at least 1, --seed at least 0")
+    if task.data is not None and task.reward is None:
+        raise ValueError("--data needs a --reward for the replies")
     device, _, _ = pick_device(options.device)
     task.reward = task.reward or "sums"
     learned, _, answers, said = ask(task)
-    judge = rewards.named(task.reward, answers, device)
-    lm, *text, stops, path = begin_with(task, device, how.seed)
-    how = build(rlhf.RLConfig, given, **SMALL.get(task.reward, LINES))
-    asked = encode(learned, *text, room(lm, how.max_new_tokens))[: options.n]
-
-    def judged(messages, drawn):
-        texts = texts_of(drawn, text[0], stops)
-        return {"": judge([one[-1]["content"] for one in messages], texts)[0]}, texts
-
-    found = make_pairs(lm, asked, judged, how, stops, Path(options.to))
-    print(f"model: {path}; {said}; {len(found):,} pairs in {options.to}")
+    judge = judges(task, answers, device)[""]
+    lm, *text, stops, path = begin_with(task, device, options.seed)
+    sizes = dict(max_new_tokens=options.max_new_tokens, group_size=options.group_size)
+    asked = encode(learned, *text, room(lm, options.max_new_tokens))[: options.n]
+    make_pairs(lm, asked, judge, rlhf.RLConfig(**sizes), text[0], stops, Path(options.to))
+    n = len(Path(options.to).read_text().splitlines())
+    print(f"model: {path}; {said}; {n:,} pairs in {options.to}")
 
 
 def evaluate(given):
@@ -403,25 +433,28 @@ def evaluate(given):
     if min(options.prompts, options.max_new_tokens) < 1 or options.samples < 0:
         raise ValueError("--prompts and --max_new_tokens are at least 1, --samples at least 0")
     device, _, _ = pick_device(options.device)
-    task.reward = task.reward or "sums"
     if task.model is None:
         task.model = str(OUT / "09_rlhf" / "latest")
+    if task.reward is None:  # what it was trained on, where that is known
+        file = Path(task.model) / "run.json"
+        config = json.loads(file.read_text())["config"] if file.exists() else {}
+        task.reward, task.data = config.get("reward") or "sums", task.data or config.get("data")
     _, held_out, answers, said = ask(task)
-    judge = rewards.named(task.reward, answers, device)
+    judged_by = judges(task, answers, device)
     lm, *text, stops, path = begin_with(task, device)
     test = encode(held_out, *text, room(lm, options.max_new_tokens))
     rows, ids = map(list, zip(*test[: options.prompts]))
-    reference = lm
-    if options.reference is not None:
-        reference = begin.load_model(begin.find_model(options.reference), device)
+    reference = reference_of(options.reference, lm, device)
     how = rlhf.RLConfig(max_new_tokens=options.max_new_tokens)
 
     def judged(drawn):
-        texts = texts_of(drawn, text[0], stops)
-        return {"": judge([messages[-1]["content"] for messages in rows], texts)[0].to(device)}
+        texts, prompts = texts_of(drawn, text[0], stops), list(map(prompt_of, rows))
+        return {name: one(prompts, texts)[0].to(device) for name, one in judged_by.items()}
 
-    print(f"model: {path}; {said}, {len(rows)} are asked")
+    print(f"model: {path}; {said}, {len(rows)} are asked; reward {task.reward}")
     print(summary(rlhf.evaluate(rlhf.ActorCritic(lm), reference, ids, stops, judged, how)))
+    if options.reference is None:
+        print("(the KL is to itself: --reference says to what else)")
     drawn = rlhf.rollout(lm, ids, options.max_new_tokens, stops, temperature=0)
     found = zip(rows, texts_of(drawn, text[0], stops), judged(drawn)[""].tolist())
     for messages, reply, value in list(found)[: options.samples]:
@@ -437,15 +470,20 @@ def show(given):
     lines = [json.loads(line) for line in open(path)]
     step = lines[-1]["step"] if how.step is None else how.step
     lines = [line for line in lines if line["step"] == step]
+    per_round = Path(how.run) / "run.json"  # a step that was drawn again after a stop: the last
+    if per_round.exists():
+        config = json.loads(per_round.read_text())["config"]
+        lines = lines[-config["prompts_per_step"] * config["group_size"] :]
     if not lines or how.n < 1:
         raise ValueError(f"{path} has nothing of step {step}, or --n {how.n} is below 1")
-    lines.sort(key=lambda line: -math.inf if line["reward"] is None else -line["reward"])
+    lines.sort(key=lambda line: math.inf if line["reward"] is None else -line["reward"])
     right = [line["reward"] for line in lines if line["reward"] is not None]
-    print(f"step {step}: {len(lines)} replies, mean reward {sum(right) / len(right):.3f}")
+    mean = f"mean reward {sum(right) / len(right):.3f}" if right else "none with a reward"
+    print(f"step {step}: {len(lines)} replies, {mean}")
     for i in np.linspace(0, len(lines) - 1, min(how.n, len(lines))).astype(int):
         line = lines[i]
         print(f"--- reward {line['reward']}, log-probability {line['log_prob']}")
-        print(f"{line['prompt']}\n> {line['completion']}")
+        print(f"{rewards.question(line['prompt'])}\n> {line['completion']}")
 
 
 if __name__ == "__main__":
@@ -454,7 +492,7 @@ if __name__ == "__main__":
             "train": (train, Task, Options, rlhf.RLConfig),
             "seeds": (study.seeds, study.SeedOptions),
             "hack": (study.hack, study.HackOptions),
-            "pairs": (pairs, Task, PairOptions, rlhf.RLConfig),
+            "pairs": (pairs, Task, PairOptions),
             "eval": (evaluate, Task, EvalOptions),
             "show": (show, ShowOptions),
         }

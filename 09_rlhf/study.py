@@ -8,6 +8,7 @@ Read in this order: together, seeds, hack.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,8 @@ class SeedOptions:
     metre: bool = True  # then the metre, by grpo
     jobs: int | None = None  # runs at once; None: one a core, up to 2; on CUDA 1
     steps: int | None = None  # rounds of each run; None: run.py's
+    fresh: bool = False  # begin again even if these runs are there
+    device: str = "auto"  # auto, cpu, cuda or cuda:1
     model: str | None = None  # directory, .gguf file or smollm2; None: newest of 07, or 05, 04
     record: bool = False  # append the results to results.jsonl
 
@@ -48,19 +51,20 @@ class HackOptions:
     prices: str = "0,0.1"  # prices of a nat of KL to compare
     steps: int = 150  # rounds of each run
     max_lr: float = 3e-3  # learning rate after the warm-up
+    fresh: bool = False  # begin again even if these runs are there
+    device: str = "auto"  # auto, cpu, cuda or cuda:1
     model: str | None = None  # directory, .gguf file or smollm2; None: newest of 07, or 05, 04
-    record: bool = False  # append the results to results.jsonl
 
 
 def together(runs, jobs):
     """Run {label: flags of `run.py train`}, `jobs` at once; returns {label: run directory}.
 
-    What each says goes to out/09_rlhf/logs/<label>.log. Raises ValueError with the last line of one
-    that fails; Ctrl-C and SIGTERM go to all of them, they save, and the same command goes on."""
+    What each says goes to out/09_rlhf/logs/<label>.log. Raises ValueError with the error of one
+    that fails; Ctrl-C and SIGTERM go to all, they save, and the same command goes on."""
     logs, waiting, going, found = common.OUT / "09_rlhf" / "logs", dict(runs), {}, {}
     logs.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    env = os.environ | dict(OMP_NUM_THREADS=threads, OUT=str(common.OUT))
+    env = os.environ | dict(OMP_NUM_THREADS=threads, OUT=str(common.OUT), PYTHONUNBUFFERED="1")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         while waiting or going:
@@ -69,7 +73,7 @@ def together(runs, jobs):
                 flags = waiting.pop(label)
                 words = [sys.executable, str(HERE / "run.py"), "train", "--run", label]
                 for name, value in flags.items():
-                    words += [f"--{name}", str(value)]
+                    words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
                 log = open(logs / f"{label}.log", "w")  # noqa: SIM115
                 print(f"{label} begins: tail -f {log.name}", flush=True)
                 going[label] = subprocess.Popen(words, stdout=log, stderr=log, env=env)
@@ -79,11 +83,19 @@ def together(runs, jobs):
                     continue
                 del going[label]
                 said = (logs / f"{label}.log").read_text().strip().splitlines() or [""]
+                why = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
                 if process.returncode:
-                    raise ValueError(f"{label} failed: {said[-1].removeprefix('error: ')}")
-                lines = [line for line in said if line.startswith(("held out", "model, "))]
-                found[label] = newest(label)
-                print(f"{label}: {lines[0] if lines else said[-1]}", flush=True)
+                    raise ValueError(f"{label} failed: {(why or said)[-1]}")
+                where = [re.match(r"(?:run: )?(\S+?)(?: \(going| is finished|$)", s) for s in said]
+                where = [Path(m[1]) for m in where if m and f"/{label}-" in m[1]]
+                if not where or not json.loads((where[-1] / "run.json").read_text())["result"]:
+                    raise ValueError(f"{label} was stopped: the same command goes on")
+                found[label] = where[-1]
+                last = [line for line in said if "KL " in line or " is finished" in line]
+                print(f"{label}: {last[-1]}", flush=True)
+    except KeyboardInterrupt:
+        print("stopped: the runs have saved, the same command goes on from there")
+        raise
     finally:
         for process in going.values():
             process.terminate()
@@ -93,26 +105,21 @@ def together(runs, jobs):
     return found
 
 
-def newest(label):
-    """The directory of the newest run of this name."""
-    homes = common.OUT.glob(f"09_rlhf/{label}-??????/metrics.jsonl")
-    return max(homes, key=lambda path: path.stat().st_mtime).parent
-
-
 def seeds(given):
     """compare algorithms on sums over seeds, then the metre: the main job"""
     o = common.build(SeedOptions, given)
     algorithms = [name.strip() for name in o.algorithms.split(",") if name.strip()]
+    if not algorithms:
+        raise ValueError("--algorithms names none")
     jobs = o.jobs or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-    shared = {} if o.model is None else dict(model=o.model)
-    runs = {}
+    shared = dict(device=o.device) | (dict(fresh=True) if o.fresh else {})
+    shared |= {} if o.model is None else dict(model=o.model)
+    runs = {"grpo-metre-1": dict(reward="metre", algorithm="grpo", seed=1)} if o.metre else {}
     for seed in range(1, o.seeds + 1):
         for name in algorithms:
             runs[f"{name}-sums-{seed}"] = dict(reward="sums", algorithm=name, seed=seed)
     if o.steps is not None:
         shared["steps"] = o.steps
-    if o.metre:
-        runs["grpo-metre-1"] = dict(reward="metre", algorithm="grpo", seed=1)
     began = time.perf_counter()
     homes = together({label: flags | shared for label, flags in runs.items()}, jobs)
     minutes, home = (time.perf_counter() - began) / 60, common.OUT / "09_rlhf"
@@ -126,7 +133,7 @@ def seeds(given):
     for name, some in groups.items():
         first, last = some[0][0], [run[-1] for run in some]
         right = [line["val_reward"] for line in last]
-        kl = max(line["val_kl"] for run in some for line in run if "val_kl" in line)
+        kl = max(line.get(k, 0.0) for run in some for line in run for k in ("val_kl", "kl"))
         drawn = sum(line["val_drawn"] for line in last) / len(last)
         print(
             f"{name:14}{first['val_reward']:8.3f} ({first['val_drawn']:.3f}){'':4}"
@@ -138,7 +145,7 @@ def seeds(given):
         result |= dict(before_drawn=round(first["val_drawn"], 4))
         result |= dict(worst=round(min(right), 4), mean=round(sum(right) / len(right), 4))
         result |= dict(drawn=round(drawn, 4), largest_kl=round(kl, 3), steps=last[0]["step"])
-        result |= dict(minutes=round(minutes, 2))
+        result |= dict(minutes=round(max(line["time"] for line in last) / 60, 2))
         if "metre" not in name:
             met = min(right) >= GOAL and kl <= KL_BOUND
             print(
@@ -165,6 +172,7 @@ def hack(given):
     except ValueError:
         raise ValueError(f"--prices {o.prices}: numbers with commas between are wanted") from None
     shared = dict(reward=proxy, watch=o.true, steps=o.steps, max_lr=o.max_lr, max_kl=1000)
+    shared |= dict(device=o.device) | (dict(fresh=True) if o.fresh else {})
     shared |= {} if o.model is None else dict(model=o.model)
     runs = {f"hack-{price:g}": shared | dict(kl_coef=price) for price in prices}
     jobs = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)

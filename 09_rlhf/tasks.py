@@ -3,13 +3,15 @@
 What it teaches: a policy has to be tested on prompts it has not been rewarded for. The sums held
 out are those that 07 holds out, and no prompt for training is of the six held-out plays.
 
-Parent: 07_sft/questions.py (sums, passages, render); 08_reward/pairs.py (records)
-New: asked, of_sums, of_plays, messages_of, split, of_file, pairs_of
+Parent: 07_sft/questions.py (sums, passages, render); 08_reward/pairs.py (records, by_prompt,
+    hold_out)
+New: asked, of_sums, of_plays, messages_of, of_files, of_prompts, of_pairs
 
-Read in this order: sums, of_plays, of_file, pairs_of.
+Read in this order: sums, of_sums, of_plays, of_prompts, of_pairs.
 """
 
 import csv
+import glob
 import io
 import json
 import random
@@ -151,7 +153,7 @@ def messages_of(where, record):
     instruction with its input."""
     prompt = record.get("prompt", record.get("question"))
     if prompt is None and isinstance(record.get("instruction"), str):
-        prompt = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        prompt = "\n\n".join(str(x) for x in (record["instruction"], record.get("input")) if x)
     if isinstance(prompt, list):
         good = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt)
         if good and prompt and prompt[-1].get("role") == "user":
@@ -163,34 +165,58 @@ def messages_of(where, record):
     )
 
 
-def split(found, path):
-    """All but the last tenth, at most 500, and these."""
-    held_out = min(max(1, len(found) // 10), 500)
-    if len(found) < 2:
-        raise ValueError(f"--data {path}: {len(found)} records are too few, give at least 2")
-    return found[:-held_out], found[-held_out:]
+def of_files(source):
+    """Records of a file, a glob, a directory or a URL: (where, record, its conversation) of each.
+    ValueError where there is none."""
+    paths = [common.download(source)] if "://" in source else sorted(glob.glob(source))
+    if len(paths) == 1 and Path(paths[0]).is_dir():
+        kinds = (".json", ".jsonl", ".csv")
+        paths = sorted(path for path in Path(paths[0]).rglob("*") if path.suffix in kinds)
+    if not paths:
+        raise ValueError(f"--data {source}: there is no such file, nor a directory with any")
+    found = [one for path in paths for one in records(path)]
+    return [(where, record, messages_of(where, record)) for where, record in found]
 
 
-def of_file(path):
-    """(training prompts, held-out prompts, {prompt: answer} of those that have one)."""
+def by_prompt(pairs):
+    """[pairs of one prompt, of the next, ...]."""
+    found = {}
+    for pair in pairs:
+        found.setdefault(json.dumps(pair["prompt"]), []).append(pair)
+    return list(found.values())
+
+
+def hold_out(pairs, most=2000, seed=1):
+    """(training, held-out): the pairs of a tenth of the prompts, of at most `most`, by chance. No
+    prompt is in both. Raises ValueError where fewer than two prompts would be held out."""
+    found = by_prompt(pairs)
+    random.Random(seed).shuffle(found)
+    n = min(most, len(found) // 10)
+    if n < 2:
+        raise ValueError(f"pairs on {len(found)} prompts: 20 are needed, to hold a tenth out")
+    return sum(found[n:], []), sum(found[:n], [])
+
+
+def of_prompts(source):
+    """(training prompts, held-out prompts, {question: answer} of those that have one)."""
     found, answers = [], {}
-    for where, record in records(path):
-        found.append(messages_of(where, record))
+    for _, record, messages in of_files(source):
+        found.append(dict(prompt=messages))
         if isinstance(record.get("answer"), str):
-            answers[found[-1][-1]["content"]] = record["answer"]
-    return *split(found, path), answers
+            answers[messages[-1]["content"]] = record["answer"]
+    parts = hold_out([group[0] for group in by_prompt(found)])
+    return *([one["prompt"] for one in part] for part in parts), answers
 
 
-def pairs_of(path):
-    """(training, held-out) pairs (messages, chosen, rejected) for DPO, of a file of records with
-    prompt, chosen and rejected. ValueError names the record that lacks one; where both replies are
-    the same there is nothing to learn, and it is left out."""
+def of_pairs(source):
+    """(training, held-out) pairs (messages, chosen, rejected) for DPO, of records with prompt,
+    chosen and rejected. ValueError names the record that lacks one; where both replies are the
+    same there is nothing to learn, and it is left out."""
     found = []
-    for where, record in records(path):
-        messages = messages_of(where, record)
+    for where, record, messages in of_files(source):
         replies = [record.get(name) for name in ("chosen", "rejected")]
         if not all(isinstance(reply, str) and reply.strip() for reply in replies):
             raise ValueError(f"{where} lacks 'chosen' or 'rejected'")
         if replies[0].strip() != replies[1].strip():
-            found.append((messages, *replies))
-    return split(found, path)
+            found.append(dict(prompt=messages, replies=replies))
+    return [[(x["prompt"], *x["replies"]) for x in part] for part in hold_out(found)]
