@@ -9,11 +9,11 @@ token's probability may move in a round, and a price on the distance to the mode
 DPO comes without rewards and without drawing: pairs of replies are enough.
 
 Parent: 08_reward/reward.py (Whitening, shape_reward)
-New: Rollout, rollout, select, token_log_probs, entropy, masked_mean, lay_out, Scores, score,
-    kl_estimates, reinforce_loss, rloo_advantages, masked_var, whiten, gae, ppo_loss, value_loss,
-    KLController, group_advantages, grpo_loss, dpo_loss, ActorCritic, RLConfig, batch_of, score_all,
+New: Rollout, rollout, select, token_log_probs, entropy, masked_mean, lay_out, Scores, kl_estimates,
+    reinforce_loss, rloo_advantages, masked_var, whiten, gae, ppo_loss, value_loss, KLController,
+    group_advantages, grpo_loss, dpo_loss, ActorCritic, RLConfig, batch_of, score_all,
     advantages_of, learn, judge_pairs, learn_pairs
-Changed: evaluate, train
+Changed: score, evaluate, train
 
 Read in this order: rollout and what it draws with; score, which says what a policy thinks of a
 reply; the KL estimates; then an advantage and a loss for each method, from REINFORCE to DPO; last

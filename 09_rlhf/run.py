@@ -402,7 +402,7 @@ def summary(line):
     names = dict(reward="held out", drawn="drawn", reward_watched="watched", in_order="in order")
     found = {said: line[f"val_{name}"] for name, said in names.items() if f"val_{name}" in line}
     said = [f"{name} {value:.3f}" for name, value in found.items()]
-    return ", ".join([*said, f"KL {line['val_kl'] + 0.0:.2f} nats a reply"])
+    return ", ".join([*said, f"KL {line['val_kl']:.2f} nats a reply"]).replace("-0.00", "0.00")
 
 
 # ---- looking

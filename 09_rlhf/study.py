@@ -48,9 +48,9 @@ class SeedOptions:
 class HackOptions:
     proxy: str = "newest"  # reward model of 08 to learn from; newest: of make proxy
     true: str = "sums"  # the reward that is meant, and only watched
-    prices: str = "0,0.1"  # prices of a nat of KL to compare
-    steps: int = 150  # rounds of each run
-    max_lr: float = 3e-3  # learning rate after the warm-up
+    prices: str = "0,0.3"  # prices of a nat of KL to compare
+    steps: int = 100  # rounds of each run
+    max_lr: float = 2e-3  # learning rate after the warm-up
     fresh: bool = False  # begin again even if these runs are there
     device: str = "auto"  # auto, cpu, cuda or cuda:1
     model: str | None = None  # directory, .gguf file or smollm2; None: newest of 07, or 05, 04
@@ -171,7 +171,8 @@ def hack(given):
         prices = [float(price) for price in o.prices.split(",")]
     except ValueError:
         raise ValueError(f"--prices {o.prices}: numbers with commas between are wanted") from None
-    shared = dict(reward=proxy, watch=o.true, steps=o.steps, max_lr=o.max_lr, max_kl=1000)
+    shared = dict(reward=proxy, watch=o.true, steps=o.steps, max_lr=o.max_lr)
+    shared |= dict(eval_every=5, max_kl=1000)
     shared |= dict(device=o.device) | (dict(fresh=True) if o.fresh else {})
     shared |= {} if o.model is None else dict(model=o.model)
     runs = {f"hack-{price:g}": shared | dict(kl_coef=price) for price in prices}
@@ -185,7 +186,7 @@ def hack(given):
         print(f"{label}:")
         for what, line in (("begins", some[0]), ("is best", best), ("ends", some[-1])):
             print(
-                f"  {what:8} step {line['step']:4}, KL {line['val_kl']:6.2f}, proxy "
+                f"  {what:8} step {line['step']:4}, KL {abs(line['val_kl']):6.2f}, proxy "
                 f"{line['val_drawn']:7.3f}, true {line['val_drawn_watched']:.3f}"
             )
     print(f"plot in {common.OUT / '09_rlhf' / 'hack.png'}")
