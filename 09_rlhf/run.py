@@ -24,8 +24,8 @@ from common import OUT, Run, atomic, build, main, pick_device, progress
 
 HERE = Path(__file__).resolve().parent
 # What a reward changes in RLConfig for a small model, what a real one does, and an algorithm.
-FAST = dict(optimizer="muon", max_lr=2e-3, epochs=1, minibatches=2, prompts_per_step=192)
-FAST |= dict(group_size=4, steps=110)
+FAST = dict(optimizer="muon", max_lr=2.5e-3, epochs=1, minibatches=2, prompts_per_step=192)
+FAST |= dict(group_size=4, steps=140)
 LINES = FAST | dict(max_new_tokens=40, prompts_per_step=32, steps=40, max_lr=1.5e-3, kl_coef=0.15)
 SMALL = dict(sums=FAST | dict(max_new_tokens=6))
 LARGE = dict(max_lr=1e-5, micro_prompts=4, prompts_per_step=16, max_new_tokens=128, eval_prompts=64)
