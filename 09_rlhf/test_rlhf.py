@@ -1101,7 +1101,7 @@ def test_wrong_input_ends_in_one_line(command, files, tmp_path, words, message):
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     if "other" in words:
         lm = new_lm(vocab_size=300, context_length=128)
-        data = exchange.byte_tokenizer()
+        data = json.loads(json.dumps(exchange.byte_tokenizer()))
         data["model"]["merges"] = [["a", "b"]]
         data["model"]["vocab"]["ab"] = 257
         lm.tokenizer_files = {"tokenizer.json": json.dumps(data)}
