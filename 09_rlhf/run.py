@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 FAST = dict(optimizer="muon", max_lr=2.5e-3, epochs=1, minibatches=2, prompts_per_step=192)
 FAST |= dict(group_size=4, steps=140)
 LINES = FAST | dict(max_new_tokens=40, prompts_per_step=32, steps=40, max_lr=1.5e-3, kl_coef=0.15)
+DPO = dict(beta=1.0, prompts_per_step=64, steps=30, max_lr=3e-4, warmup_steps=3)
 SMALL = dict(sums=FAST | dict(max_new_tokens=6))
 LARGE = dict(max_lr=1e-5, micro_prompts=4, prompts_per_step=16, max_new_tokens=128, eval_prompts=64)
 ON_POLICY = dict(epochs=1, minibatches=1)  # what has no clip learns once from what was just drawn
@@ -134,7 +135,8 @@ def reference_of(name, lm, device):
 def preset(task, algorithm, large=False):
     """What changes in RLConfig."""
     changes = SMALL.get("sums" if about_sums(task) else task.reward, LINES)
-    return (LARGE if large else changes) | ALGORITHMS.get(algorithm, {})
+    changes = LARGE if large else changes | (DPO if algorithm == "dpo" else {})
+    return changes | ALGORITHMS.get(algorithm, {})
 
 
 def room(lm, n):
