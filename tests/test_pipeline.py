@@ -121,11 +121,13 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
         line = next(line for line in ours.splitlines() if line.endswith(reply))
         assert float(line.split()[0]) == pytest.approx(reward, abs=2e-3)
     # A policy taught by that reward model comes to what it likes, and still chats in transformers.
+    # At 1.5 what is drawn is bad enough at first to leave something to learn.
     how = "--reward model --steps 20 --prompts_per_step 16 --eval_every 20 --max_new_tokens 8"
+    how += " --temperature 1.5"
     run(tmp_path, "09_rlhf/run.py", "train", "--data", pairs, *how.split(), "--device", "cpu")
     policy = tmp_path / "09_rlhf" / "latest"
     lines = [json.loads(line) for line in open(policy / "metrics.jsonl")]
-    assert lines[-1]["val_drawn"] > lines[0]["val_drawn"] + 0.05
+    assert lines[-1]["val_drawn"] > lines[0]["val_drawn"] + 0.5
     asked = ("eval", "--data", pairs, "--reward", judge, "--samples", 1, "--max_new_tokens", 8)
     said = run(tmp_path, "09_rlhf/run.py", *asked).splitlines()
     value, question, reply = float(said[-3].split()[1]), said[-2], said[-1].removeprefix("> ")
