@@ -166,7 +166,8 @@ class CheckpointStore:
             sync(self.staging)
             shutil.rmtree(old, ignore_errors=True)
             if not self.client:
-                self._point(max(self._local()))
+                with self.changed:  # another step may be sealed at this moment
+                    self._point(max(self._local()))
             for path in self.staging.glob(".step-*.download"):  # a run that saves has resumed
                 shutil.rmtree(path)
             self._tidy(step)

@@ -552,6 +552,26 @@ def test_commit_wants_a_begin_and_names_of_its_own(tmp_path):
     assert list(store.begin(3).iterdir()) == []
 
 
+def test_two_steps_sealed_at_once_both_count(tmp_path, monkeypatch):
+    store, atomic = CheckpointStore(tmp_path), module.atomic
+
+    @contextlib.contextmanager
+    def slow(path, mode="wb"):
+        with atomic(path, mode) as file:
+            yield file
+            time.sleep(0.2 if path.name == "latest.json" else 0)
+
+    monkeypatch.setattr(module, "atomic", slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in (1, 2):
+            (store.begin(step) / "a").write_text(str(step))
+            store.commit(step)
+        store.wait(20)
+    assert json.loads((tmp_path / "latest.json").read_text())["step"] == 2
+    assert not list(tmp_path.glob(".step-*"))
+
+
 def test_a_full_disk_is_said_and_the_next_commit_makes_it_good(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
