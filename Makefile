@@ -104,6 +104,9 @@ proxy: sums
 hack: proxy $(if $(MODEL),$(SETUP_WEIGHTS)) ## learn from a poor reward model on purpose, with and without a price on KL
 	$(PYTHON) 09_rlhf/run.py hack $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
+10: tokenizer ## concepts, context, hyperbolic space, bytes: four studies and a report page
+	$(PYTHON) 10_semantic/run.py measure $(DATA_FLAG) $(ARGS)
+
 collapse: tokenizer ## the routers of a mixture without balancing, and two cures
 	$(PYTHON) 06_moe/run.py collapse $(DATA_FLAG) $(ARGS)
 
@@ -167,4 +170,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify tuned 08 sums 09 proxy hack collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 bench-08 bench-09 ladder sweep test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify tuned 08 sums 09 10 proxy hack collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 bench-08 bench-09 ladder sweep test test-slow lint readme copies fork

@@ -1,0 +1,443 @@
+"""The model of 04 cut in two: blocks that take vectors, and a token model made of them.
+
+A concept, a patch of bytes and a token are all vectors to a block, so each study of this stage is
+the same `Trunk` with something else before and behind it.
+
+Parent: 04_modern/modern.py
+New: Trunk
+Changed: TransformerLM
+
+Papers: as in the parent.
+
+Shapes: B batch, T time (tokens, patches or concepts), S keys, C = d_model, H heads, K heads of keys
+and values, D = head dim, V vocab.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ---- the model
+
+
+@dataclass
+class TransformerConfig:
+    """The shape of the model; the defaults are SmolLM2 with 135M parameters."""
+
+    vocab_size: int = 49152  # number of token ids
+    context_length: int = 2048  # longest input, tokens
+    d_model: int = 576  # width of the residual stream
+    n_layers: int = 30  # number of blocks
+    n_heads: int = 9  # heads of queries in each block
+    n_kv_heads: int | None = None  # heads of keys and values; None: as many as n_heads
+    head_dim: int | None = None  # width of a head; None is d_model / n_heads
+    d_ff: int | None = None  # width inside the MLP; None is 8/3 d_model, up to a multiple of 32
+    dropout: float = 0.0  # share of activations set to 0 in training
+    rope_theta: float = 10_000.0  # the slowest pair of a head turns once in 2 pi theta tokens
+    rope_factor: float = 1.0  # Llama 3's stretching of slow rotations; 1 is none
+    rope_low_freq_factor: float = 1.0  # pairs with fewer turns in rope_original are stretched
+    rope_high_freq_factor: float = 4.0  # pairs with more turns in rope_original stay as they are
+    rope_original: int = 8192  # context before it was stretched, tokens
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    tie_embeddings: bool = True  # use the token embedding as the output layer, too
+    qkv_bias: bool = False  # biases on queries, keys and values, as in Qwen2
+    qk_norm: bool = False  # RMSNorm on each query and key, as in Qwen3
+    window: int | None = None  # a token sees this many, itself the last; None: all before it
+    full_layers: str = ""  # layers without the window, such as "0,5"
+    sinks: int = 0  # first tokens that stay in sight of every window
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.d_ff = self.d_ff or -(-8 * self.d_model // 3 // 32) * 32
+        sizes = "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff rope_original"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
+        self.head_dim = self.head_dim or self.d_model // self.n_heads
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd or below 2: positions rotate pairs")
+        if self.n_heads % self.n_kv_heads:
+            heads = f"n_heads {self.n_heads} is not divisible by n_kv_heads"
+            raise ValueError(f"{heads} {self.n_kv_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        check_window(self.window, self.sinks)
+        # Of initial weights. GPT-2's 0.02 is this at a width of 1,225; at 128 it learns far slower.
+        self.std = 0.7 / math.sqrt(self.d_model)
+        self.windows = [self.window] * self.n_layers  # that of each layer
+        for layer in filter(None, self.full_layers.split(",")):
+            if not layer.strip().isdigit() or int(layer) >= self.n_layers:
+                raise ValueError(f"full_layers {self.full_layers!r}: there is no layer {layer}")
+            self.windows[int(layer)] = None
+
+
+def check_window(window, sinks):
+    """Raises ValueError where a window and its sinks make no sense."""
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} is less than 1: a token sees at least itself")
+    if sinks < 0 or sinks > (window or 0):
+        raise ValueError(f"sinks {sinks} is not between 0 and the window, {window}")
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, (..., d_in) to (..., d_out). W is drawn from a normal cut at 3 std."""
+
+    def __init__(self, d_in, d_out, bias=True, std=0.02):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, x):
+        # One fused product and sum; x @ self.weight.T + self.bias is the same in two passes.
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """A learned vector for each id: (...) int64 to (..., d_model)."""
+
+    def __init__(self, n_ids, d_model, std=0.02):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_ids, d_model))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, ids):
+        return self.weight[ids]
+
+
+class RMSNorm(nn.Module):
+    """Scale each vector to a mean square of 1, then by a learned weight: LayerNorm without the mean
+    and the bias (Zhang and Sennrich 2019)."""
+
+    def __init__(self, d_model, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 would lose digits
+        scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).type_as(x) * self.weight
+
+
+def rope_frequencies(config):
+    """Radians that each pair of a head turns per token: theta^(-2i/D), float32 (D/2,).
+
+    With rope_factor > 1 pairs that turn less than rope_low_freq_factor times in the original
+    context turn slower by that factor, the fast ones stay, those between are mixed (Llama 3)."""
+    i = torch.arange(0, config.head_dim, 2, device="cpu").float()
+    frequencies = config.rope_theta ** (-i / config.head_dim)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = frequencies * config.rope_original / (2 * math.pi)
+    fast = ((turns - low) / (high - low)).clamp(0, 1)  # 0 slow, 1 fast
+    return frequencies * (fast + (1 - fast) / config.rope_factor)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate each pair (x[i], x[i + D/2]) of a head by the angle of its position (Su et al. 2021).
+
+    x (..., T, D); cos and sin (..., T, D), as they broadcast: those of the D/2 angles twice over,
+    the first half of the sines negative. The product of two vectors so rotated depends on how far
+    apart they are and on nothing else."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def attention_mask(queries, keys, window=None, sinks=0):
+    """True where a query sees a key: positions (B or 1, T) and (B or 1, S) to (B or 1, 1, T, S).
+
+    A key at a negative position is padding or an empty slot; a query there sees only itself."""
+    q, k = queries[:, None, :, None], keys[:, None, None, :]
+    seen = (k >= 0) & (k <= q)
+    if window is not None:
+        seen &= (q - k < window) | (k < sinks)
+    return seen | (k == q)
+
+
+def sink_attention(q, q_sink, k, v, mask, is_sink):
+    """Attention in which the first tokens stay in sight as if they stood right before the window.
+
+    q (B, H, T, D) is rotated by its position, q_sink by what its position is to a sink: never
+    further than a window away, or a long stream would show the model distances it was not trained
+    on (Xiao et al. 2023). k, v (B, K, S, D), mask (B or 1, 1, T, S), is_sink (B or 1, 1, 1, S)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, H, S, D)
+    scores = torch.where(is_sink, q_sink @ k.mT, q @ k.mT) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v  # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which groups of query heads share keys and values."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.window, self.dropout = layer, config.windows[layer], config.dropout
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        D = self.head_dim = config.head_dim
+        rows, width = (config.n_heads + 2 * config.n_kv_heads) * D, config.n_heads * D
+        self.qkv = Linear(config.d_model, rows, config.qkv_bias, config.std)
+        # 2 n_layers sublayers add to the residual stream: scaled so, its variance does not grow.
+        self.out = Linear(width, config.d_model, False, config.std / math.sqrt(2 * config.n_layers))
+        norms = [RMSNorm(self.head_dim, config.norm_eps) for _ in "qk" if config.qk_norm]
+        self.q_norm, self.k_norm = norms or (None, None)
+
+    def forward(self, x, view, cache=None):
+        """x (B, T, C) to the same; `view` is what TransformerLM.view makes for this layer."""
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
+        qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
+        if self.q_norm is not None:
+            q, k = qk.split([self.n_heads, self.n_kv_heads], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        rotated = apply_rope(qk, *view.rope).type_as(v)  # both at once: half as many operations
+        q, k = rotated.split([self.n_heads, self.n_kv_heads], dim=1)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        if view.sink_rope is not None:
+            q_sink = apply_rope(qk[:, : self.n_heads], *view.sink_rope).type_as(v)
+            y = sink_attention(q, q_sink, k, v, view.mask, view.is_sink)
+        else:
+            grouped = dict(enable_gqa=True) if self.n_heads != self.n_kv_heads else {}
+            dropout = self.dropout if self.training else 0.0
+            causal = view.mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, view.mask, dropout, causal, **grouped)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """Each token alone: wider, one half gating the other through SiLU, back (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff, False, config.std)
+        std = config.std / math.sqrt(2 * config.n_layers)
+        self.down = Linear(config.d_ff, config.d_model, False, std)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, d_ff)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normalised stream and added back to it."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm1 = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, x, view, cache=None):
+        x = x + self.dropout(self.attention(self.norm1(x), view, cache))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class KVCache:
+    """Keys and values of every layer for up to `capacity` tokens, allocated once.
+
+    `length` is the number of tokens held; setting it lower forgets the last ones. pads, int64 (B,):
+    how many of a row's first tokens are padding."""
+
+    window = None  # each layer's own
+
+    def __init__(
+        self, config, batch_size=1, capacity=None, pads=None, device="cpu", dtype=torch.float32
+    ):
+        self.capacity, self.pads, self.length = capacity or config.context_length, pads, 0
+        self.sinks = config.sinks
+        shape = (batch_size, config.n_kv_heads, self.capacity, config.head_dim)
+        # Zeros, as what is left over in memory could be NaN, and 0 times NaN is not 0.
+        layers = range(config.n_layers)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+
+    def begin(self, T, device):
+        """Make room for T tokens: their positions (B or 1, T), those of all keys (B or 1, S), and
+        whether the keys are all tokens so far and nothing else.
+
+        Raises ValueError where they do not fit."""
+        if self.length + T > self.capacity:
+            raise ValueError(
+                f"{self.length} + {T} tokens do not fit into the cache, {self.capacity}"
+            )
+        self.length += T
+        slots = torch.arange(self.length - T, self.length, device=device)
+        return self.place(slots, self.length, exact=True)
+
+    def place(self, slots, span, exact=False):
+        """As begin, with the slots to write to, int64 (T,), and how many to look at: these may be
+        more than there are tokens, unless `exact`."""
+        self.slots, self.span = slots, span
+        keys = torch.arange(span, device=slots.device)
+        pads = 0 if self.pads is None else self.pads[:, None]
+        return slots[None] - pads, keys[None] - pads, exact and self.pads is None
+
+    def update(self, layer, k, v):
+        """Store k and v (B, K, T, D) of the new tokens; returns those of all, (B, K, S, D)."""
+        self.k[layer].index_copy_(2, self.slots, k)
+        self.v[layer].index_copy_(2, self.slots, v)
+        return self.k[layer][:, :, : self.span], self.v[layer][:, :, : self.span]
+
+
+class View(NamedTuple):
+    """What the tokens of a forward pass see in a layer."""
+
+    rope: tuple  # cos and sin of their positions, (B or 1, 1, T, D)
+    mask: torch.Tensor | None  # (B or 1, 1, T, S); None: all before it
+    sink_rope: tuple | None = None  # of their positions as sinks have them; None: no sinks
+    is_sink: torch.Tensor | None = None  # which keys are sinks, (B or 1, 1, 1, S)
+
+
+class Trunk(nn.Module):
+    """The blocks and the last norm: vectors (B, T, C) to vectors (B, T, C), each of which has seen
+    those before it, or what `mask`, bool (B or 1, 1, T, S), lets it see."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.window = config.window
+
+    def forward(self, x, mask=None, cache=None):
+        if cache is None:
+            positions = keys = torch.arange(x.shape[1], device=x.device)[None]
+            exact = True
+        else:
+            positions, keys, exact = cache.begin(x.shape[1], x.device)
+        if mask is None and (self.window or not exact or x.shape[1] not in (1, keys.shape[1])):
+            mask = attention_mask(positions, keys, self.window)
+        angles = positions[:, None, :, None] * self.frequencies  # (B or 1, 1, T, D/2)
+        cos, sin = angles.cos(), angles.sin()
+        view = View((torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)), mask)
+        for block in self.blocks:
+            x = block(x, view, cache)
+        return self.norm(x)
+
+
+class TransformerLM(nn.Module):
+    """`model(ids)`: logits (B, T, V). `model(ids, targets)`: the mean loss in nats, a scalar.
+
+    ids and targets: int64 (B, T) with T up to context_length."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = Embedding(config.vocab_size, config.d_model, config.std)
+        self.trunk = Trunk(config)
+        self.output = Linear(config.d_model, config.vocab_size, False, config.std)
+        if config.tie_embeddings:
+            self.output.weight = self.token_embedding.weight
+
+    def forward(self, ids, targets=None, cache=None):
+        if cache is None and ids.shape[1] > self.config.context_length:
+            raise ValueError(f"{ids.shape[1]} tokens do not fit into {self.config.context_length}")
+        logits = self.output(self.trunk(self.token_embedding(ids), cache=cache))  # (B, T, V)
+        return logits if targets is None else cross_entropy(logits, targets)
+
+
+def cross_entropy(logits, targets):
+    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets int64 (...).
+
+    log-sum-exp subtracts the largest logit first, so that nothing overflows."""
+    logits = logits.to(
+        torch.promote_types(logits.dtype, torch.float32)
+    )  # bfloat16 would lose digits
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
+    return (logits.logsumexp(-1) - chosen).mean()
+
+
+def next_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """The distribution to draw the next id from, float32 (B, V), for logits (B, V).
+
+    temperature divides the logits; 0 puts all on the likeliest id. top_k keeps the k likeliest ids,
+    min_p those with at least this share of the likeliest one's probability, top_p the fewest whose
+    probabilities reach p, counted after the other two. Raises ValueError for what none can be."""
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is below 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} is below 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is not in (0, 1]")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p {min_p} is not in [0, 1]")
+    logits = logits.float()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    probs = (logits / temperature).softmax(-1)
+    if top_k is not None and top_k < probs.shape[-1]:
+        probs = probs * (probs >= probs.topk(top_k).values[:, -1:])
+    if min_p is not None:
+        probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
+    if top_p is not None:
+        ordered, order = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # the first is always kept
+        keep = before < top_p * ordered.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered * keep)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None):
+    """Draw the next id for each row from next_probs: logits (B, V) to int64 (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = next_probs(logits, temperature, top_k, top_p, min_p)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay, on matrices only (Loshchilov and Hutter 2017).
+
+    m and v are running means of the gradient and its square; dividing by 1 - beta^t undoes their
+    start from 0. The base class gives zero_grad, param_groups and state_dict."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state["step"] += 1
+                m, v, t = state["m"], state["v"], state["step"]
+                m.lerp_(p.grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                if p.ndim >= 2:
+                    p.mul_(1 - lr * group["weight_decay"])
+                # p -= lr m' / (sqrt(v') + eps), with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t)
+                root = math.sqrt(1 - beta2**t)
+                p.addcdiv_(m, v.sqrt().add_(eps * root), value=-lr * root / (1 - beta1**t))
+
+
+def lr_schedule(step, max_lr, min_lr, warmup_steps, total_steps):
+    """Learning rate: up in a line to max_lr at warmup_steps, down a half cosine to min_lr at
+    total_steps, then min_lr. It depends on nothing but `step`: a resume cannot restart it."""
+    if step < warmup_steps:
+        return max_lr * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(params, max_norm):
+    """Scale all gradients together so that their joint 2-norm is at most max_norm; returns the norm
+    before."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    if norm > max_norm:
+        scale = max_norm / (norm + 1e-6)
+        for g in grads:
+            g.mul_(scale)
+    return norm
