@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import patches
 import torch
+from blocks import TransformerConfig, TransformerLM
 from fitting import fit
 from torch.nn import functional as F
-from transformer import TransformerConfig, TransformerLM
 from typos import recase, typos
 
 import common

@@ -12,8 +12,8 @@ import time
 from collections import Counter
 
 import torch
+from blocks import KVCache, sample_next
 from torch.nn import functional as F
-from transformer import KVCache, sample_next
 
 CHOICES = 32  # next lines to pick from, the true one among them
 SURE = 16.0  # weight of the decoder's certainty, mean nats per token, in choosing a thought
@@ -93,7 +93,7 @@ def n_bytes(m, ids):
 @torch.no_grad()
 def bits(m, concepts, o):
     """Bits per byte of held-out lines, and the share told back exactly: {name: number}."""
-    at = places(m, 3000, o.seed) + 1
+    at = places(m, 1500, o.seed) + 1
     ids, near, size = m.held_ids[at], concepts[at], n_bytes(m, m.held_ids[at]).sum().item()
     codes = m.books.encode(near)
     coded, mean = m.books.decode(codes), m.expected(m.regression, concepts, at - 1)
@@ -167,15 +167,18 @@ def token_lines(m, at, generator):
 
 
 @torch.no_grad()
-def judge(m, at, rows):
-    """Bits per byte of lines (ids (N, T), one after each line of `at`) under the token model, which
-    reads the true lines before: float32 (N,)."""
-    T, longest, nats = m.tokens.config.context_length, m.config.line_tokens, []
-    for place, ids in zip(at.tolist(), rows):
+def judge(m, at, written):
+    """Bits per byte of lines under the token model, which reads the true lines before them: one
+    float32 (N,) for each of `written`, ids (N, T) with a line after each line of `at`."""
+    T, longest = m.tokens.config.context_length, m.config.line_tokens
+    lines = torch.stack([F.pad(rows, (0, longest - rows.shape[1]), value=-1) for rows in written])
+    nats = torch.zeros(lines.shape[:2])
+    for i, place in enumerate(at.tolist()):
         context = m.held_ids[max(0, place - T) : place + 1].flatten()
         context = context[context >= 0][longest - T :]
-        nats.append(m.line_nats(context[None], ids[ids >= 0][None]))
-    return -torch.cat(nats) / math.log(2) / n_bytes(m, rows)
+        ids = lines[:, i]  # (len(written), longest), the context is read once for all
+        nats[:, i] = m.line_nats(context[None], ids[:, : int((ids >= 0).sum(1).max())])
+    return [-nats[k] / math.log(2) / n_bytes(m, rows) for k, rows in enumerate(written)]
 
 
 @torch.no_grad()
@@ -269,9 +272,10 @@ def moved(m, vectors):
     within = (scenes[a] == scenes[b]) & ((a - b).abs() > L)
 
     def mean(rows):
-        return round((unit[rows[:, 0]] * unit[rows[:, 1]]).sum(1).mean().item(), 4)
+        cosines = (unit[rows[:, 0]] * unit[rows[:, 1]]).sum(1)
+        return round(cosines.mean().item(), 4) if len(rows) else None
 
-    pairs = torch.tensor(same).view(-1, 2)
+    pairs = torch.tensor(same, dtype=torch.int64).view(-1, 2)
     any_two = torch.stack([a, b], dim=1)
     found = dict(same_words=mean(pairs), one_scene=mean(any_two[within]), any_two=mean(any_two))
     return found | dict(pairs=len(pairs), lines=len({a for pair in same for a in pair}))
@@ -297,10 +301,11 @@ def thoughts(m, concepts, o, n_places=400):
         best = (m.lm.scores(hoped, again) + SURE * sure).argmax(1)
         written[f"{kind}, plain"] = ids[:, 0]
         written[f"{kind}, thought unit"] = ids[torch.arange(len(at)), best]
-    costs = {name: judge(m, at, rows) for name, rows in written.items()}
+    costs = dict(zip(written, judge(m, at, list(written.values()))))
     for kind in ("codes", "lines"):
-        plain, kept = (costs[f"{kind}, {which}"] for which in ("plain", "thought unit"))
-        won = (kept < plain) + 0.5 * (kept == plain)
+        names = f"{kind}, plain", f"{kind}, thought unit"
+        won = (costs[names[1]] < costs[names[0]]).float()
+        won[(written[names[0]] == written[names[1]]).all(1)] = 0.5
         error = won.std().item() / math.sqrt(len(at))
         wins[kind] = dict(win_rate=round(won.mean().item(), 4), error=round(error, 4))
     table = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import fitting
 import lines
 import torch
+from blocks import KVCache, TransformerConfig, TransformerLM
 from patches import lm_flops, trunk_flops
 from semantic import (
     Autoencoder,
@@ -25,7 +26,6 @@ from semantic import (
 )
 from torch import nn
 from torch.nn import functional as F
-from transformer import KVCache, TransformerConfig, TransformerLM
 
 TOKEN_MODEL = dict(context_length=256, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2)
 RATES = dict(contrast=3e-3, regression=3e-3, codes=3e-3, decoder=2e-3, tokens=5e-3)
@@ -75,6 +75,12 @@ class Concepts:
         shape = TOKEN_MODEL | dict(vocab_size=tokenizer.vocab_size)
         shape["context_length"] = max(shape["context_length"], 4 * longest)
         self.tokens = TransformerLM(TransformerConfig(**shape))
+        for part, what in ((self.ids, "train on"), (self.held_ids, "hold out")):
+            n, least = int((part >= 0).sum()), 4 * shape["context_length"]
+            if n < least:
+                raise ValueError(
+                    f"--data {options.data}: {n} tokens to {what} are too few, {least} are wanted"
+                )
         self.costs = {}
 
     def models(self):

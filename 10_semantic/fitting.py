@@ -9,7 +9,7 @@ import sys
 import time
 
 import torch
-from transformer import AdamW, clip_gradients, lr_schedule
+from blocks import AdamW, clip_gradients, lr_schedule
 
 import common
 
@@ -85,7 +85,8 @@ def fit(name, model, step, budget, lr, home=None, seed=0, weight_decay=0.1):
     if path:
         save(finished=not asked)
     if asked:
-        print(f"{name}: stopped after {cost['steps']} steps and saved: the same command goes on")
+        saved = "and saved: the same command goes on" if path else "and not saved"
+        print(f"{name}: stopped after {cost['steps']} steps {saved}")
         sys.exit(130 if asked[0] == signal.SIGINT else 0)
     model.eval()
     return cost

@@ -4,7 +4,7 @@ A tokenizer decides once, by frequency, which bytes belong together. Here a patc
 next byte is hard to guess, as a small byte model measures it, so the large model steps where there
 is something to decide and the light ones spell out the rest.
 
-Parent: transformer.py
+Parent: blocks.py
 New: next_byte_entropy, entropy_patches, fixed_patches, threshold_for, hash_ngrams, PatchConfig,
     PatchLM, take, generate_bytes, text_to_ids, ids_to_text, trunk_flops, lm_flops, patch_flops
 
@@ -19,9 +19,7 @@ Shapes: B batch, T time (bytes), P patches, c = d_local, C = d_model, V vocab.
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from transformer import (
+from blocks import (
     Embedding,
     Linear,
     TransformerConfig,
@@ -29,6 +27,8 @@ from transformer import (
     cross_entropy,
     sample_next,
 )
+from torch import nn
+from torch.nn import functional as F
 
 MODULUS = 2**31 - 1  # of the rolling hash: a prime, its products fit into int64
 

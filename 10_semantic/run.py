@@ -88,9 +88,10 @@ def finish(run, options, details, result, begun):
     if options.record:
         git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        line = dict(commit=commit, machine=f"{os.cpu_count()} CPU cores")
+        command = " ".join([f"{HERE.name}/run.py", *sys.argv[1:]])
+        line = dict(commit=commit, machine=f"{os.cpu_count()} CPU cores", command=command)
         with open(HERE / "results.jsonl", "a") as file:
-            file.write(json.dumps(line | dict(command=" ".join(sys.argv)) | result) + "\n")
+            file.write(json.dumps(line | result) + "\n")
     print(f"result: {said(result)}\nplots and details are in {run.dir}")
     report.write(OUT / "10_semantic")
 
@@ -107,7 +108,7 @@ def with_tokenizer(path):
 def read_concepts(o):
     """The models of studies 1 and 2, not yet trained, with the lines they read."""
     m = concept_study.Concepts(o, with_tokenizer(o.tokenizer))
-    names = "semantic transformer concept_study fitting lines".split()
+    names = "semantic blocks concept_study fitting lines".split()
     key = [o.flops, o.seed, m.tokenizer.hash, m.lines.text, m.held.text]
     key += [(HERE / f"{name}.py").read_text() for name in names]
     m.home = OUT / "10_semantic" / f"models-{sha256(json.dumps(key).encode()).hexdigest()[:6]}"

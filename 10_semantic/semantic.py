@@ -23,9 +23,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from transformer import (
+from blocks import (
     Embedding,
     KVCache,
     Linear,
@@ -35,6 +33,8 @@ from transformer import (
     apply_rope,
     sample_next,
 )
+from torch import nn
+from torch.nn import functional as F
 
 # ---- concepts: a line to a vector and back
 

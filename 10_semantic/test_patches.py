@@ -4,6 +4,7 @@ import bytes_study
 import draw_bytes
 import pytest
 import torch
+from blocks import AdamW, TransformerConfig, TransformerLM
 from patches import (
     PatchConfig,
     PatchLM,
@@ -19,7 +20,6 @@ from patches import (
     threshold_for,
     trunk_flops,
 )
-from transformer import AdamW, TransformerConfig, TransformerLM
 from typos import recase, typos
 
 import common

@@ -297,10 +297,14 @@ class View(NamedTuple):
 
 class Trunk(nn.Module):
     """The blocks and the last norm: vectors (B, T, C) to vectors (B, T, C), each of which has seen
-    those before it, or what `mask`, bool (B or 1, 1, T, S), lets it see."""
+    those before it, or what `mask`, bool (B or 1, 1, T, S), lets it see.
+
+    Raises ValueError for a config with layers that differ in their windows, or with sinks."""
 
     def __init__(self, config):
         super().__init__()
+        if config.full_layers or config.sinks:
+            raise ValueError("full_layers and sinks: a Trunk has one window in all layers")
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
