@@ -112,7 +112,8 @@ def test_measured(name, precision):
     c, t = configs(**SHAPES[name] | dict(precision=precision))
     micro = t.micro_batch or t.tokens_per_step // c.context_length
     planned, measured = planner.peak_bytes(c, t, "cpu", 1, micro), measure(c, t)
-    assert planned == pytest.approx(measured, rel=0.03)
+    # A CPU without bfloat16 products converts their operands first: up to 4% more than planned.
+    assert planned == pytest.approx(measured, rel=0.05 if precision == "bf16" else 0.03)
 
 
 def test_measured_peak_counts_what_is_live():
