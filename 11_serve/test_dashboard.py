@@ -636,7 +636,7 @@ def test_no_route_leaves_out(serve, out, tmp_path):
         "/runs/03_gpt/links", "/runs/03_gpt/links/metrics", "/runs/11_serve/jobs",
         "/runs/03_gpt/run-aaaaaa%00", "/runs/03_gpt/run-aaaaaa%0a", "/runs/s3/x",
         *(f"{good}/plots/{x}" for x in ("evil.png", "notes.txt", ".hidden.png", "none.png")),
-        *(f"{good}/plots/{x}" for x in ("sub%2fx.png", "%2e%2e%2fsecret.png", "x.png%00", "..")),
+        *(f"{good}/plots/{x}" for x in ("sub%2fx.png", "%2e%2e%2fsecret.png", "x.png%00", "%2e%2e")),
         "/jobs/..%2f..%2fx/log", "/jobs/%2e%2e/log", "/jobs/00000000/log",
         f"{good}/metrics?after=x",
     ]  # fmt: skip
@@ -736,9 +736,10 @@ def test_a_page_that_does_not_read_is_dropped_and_costs_no_memory(serve, out):
     step = 0
     end = time.monotonic() + 60
     while client in server.live.clients and time.monotonic() < end:
-        write(path, *range(step + 1, step + 51), pad="x" * 20_000)
+        write(
+            path, *range(step + 1, step + 51), pad=os.urandom(10_000).hex()
+        )  # deflate cannot help
         step += 50
-        print(step, client.queue.qsize(), time.monotonic())
         assert fast.steps(step) == list(range(1, step + 1))  # the others do not suffer
         assert client.queue.qsize() <= 16
     assert client not in server.live.clients and server.live.clients

@@ -134,7 +134,7 @@ export class Charts {
           },
         },
       },
-      scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
+      scales: { x: { time: false }, y: log ? { distr: 3, range: (_plot, low, high) => uPlot.rangeLog(low, high, 10, false) } : {} },
       axes: [
         { ...axis, size: 28, space: 60, values: (_plot, ticks) => ticks.map((v) => xText(v, options.x)) },
         { ...axis, size: 56, space: 28, values: (_plot, ticks) => ticks.map((v) => (v === null ? "" : number(v))) },
@@ -162,6 +162,7 @@ export class Charts {
       },
     }, data, figure);
     latestInLegend(shown.plot);
+    this.shown.set(metric, shown);
     const canvas = figure.querySelector("canvas");
     canvas?.setAttribute("role", "img");
     canvas?.setAttribute("aria-label", `Curves of ${metric}; the latest values stand below`);

@@ -58,6 +58,7 @@ let socket: WebSocket | null = null;
 let delay = 1;
 let lastHeard = 0;
 let retryTimer = 0;
+let refused: string | null | undefined;
 let showState = (_text: string, _state: string): void => {};
 
 export function startLive(show: (text: string, state: string) => void): void {
@@ -88,7 +89,9 @@ export function follow(ids: string[]): void {
 }
 
 function sendFollow(): void {
-  send({ type: "follow", runs: Object.fromEntries([...live.followed].map(([id, rows]) => [id, rows.lastStep])) });
+  // The server lets a page follow 50 runs.
+  const runs = [...live.followed].slice(-50).map(([id, rows]) => [id, rows.lastStep]);
+  send({ type: "follow", runs: Object.fromEntries(runs) });
 }
 
 function send(message: unknown): void {
@@ -148,9 +151,12 @@ function receive(message: ServerMessage, key: string | null): void {
       return live.onLog(message.run);
     case "error": {
       console.warn("live:", message.error.message);
-      const about = `${message.error.code ?? ""} ${message.error.type ?? ""}`;
-      // askForKey and not a new try with the same key; a saved key reconnects by onKeyChange.
-      if (/key|auth/i.test(about)) void askForKey(key);
+      const { code, type, message: said } = message.error;
+      // Asked once for a key that was refused; a key that is then saved reconnects by onKeyChange.
+      if (/key|auth/i.test(`${code} ${type} ${said}`) && refused !== key) {
+        refused = key;
+        void askForKey(key);
+      }
     }
   }
 }
