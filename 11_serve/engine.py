@@ -693,6 +693,8 @@ class Engine:
             raise ValueError("a prompt without a token: give at least one")
         if not all(0 <= i < config.vocab_size for i in ids):
             raise ValueError(f"the prompt has ids outside the vocabulary of {config.vocab_size}")
+        if not all(0 <= i < config.vocab_size for i in sampling.logit_bias):
+            raise ValueError(f"logit_bias has ids outside the vocabulary of {config.vocab_size}")
         if len(ids) + sampling.max_tokens > context:
             raise ValueError(
                 f"{len(ids)} tokens and {sampling.max_tokens} new ones do not fit into a context "

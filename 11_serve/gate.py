@@ -41,6 +41,11 @@ class Limits:
     seconds: float = 600  # longest time for an answer, in seconds
     patience: float = 20  # longest wait for the next part of a body, or for a reader, in seconds
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} {value} is not above 0")
+
 
 class APIError(Exception):
     """What goes to the client as {"error": ...}, in OpenAI's form."""

@@ -34,6 +34,8 @@ def serve(given):
 
     o, limits = build(Options, given), build(gate.Limits, given)
     key = os.environ.get("API_KEY") or None
+    if not 0 <= o.port < 2**16:
+        raise ValueError(f"--port {o.port} is not between 0 and 65535")
     if not loopback(o.host) and not key:
         raise ValueError(
             f"--host {o.host} lets others in: set API_KEY=... in the environment, which they have "
@@ -60,8 +62,11 @@ def serve(given):
     default = models.default()
     print(f"device: {device} ({reason}), {str(dtype).removeprefix('torch.')}")
     print(f"model: {default or 'none under out/ yet; make 05 trains one'}", flush=True)
-    if default:
-        models.get(default)  # what is wrong with it is told now
+    try:
+        if default:
+            models.get(default)  # what is wrong with it is told now
+    except gate.APIError as error:
+        raise ValueError(str(error)) from None
     where = f"[{o.host}]" if ":" in o.host else o.host
     print(f"http://{where}:{sock.getsockname()[1]}/  (Ctrl-C stops)", flush=True)
     config = uvicorn.Config(

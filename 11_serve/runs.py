@@ -60,14 +60,22 @@ def load_json(path):
         return {}
 
 
-def find(out, run_id):
-    """The directory of a run. ValueError for what is no id, LookupError where there is no run."""
+def inside(out, run_id):
+    """The directory out/<run_id>. ValueError for what is no id, LookupError if it is elsewhere."""
     parts = run_id.split("/")
     if len(parts) != 2 or not all(map(WORD.fullmatch, parts)):
         raise ValueError(f"{run_id[:100]!r} is not the id of a run")
-    path, home = (out / run_id).resolve(), Path(out).resolve()
-    inside = path.parent.parent == home and re.match(r"\d\d_", path.parent.name)
-    if not inside or not any(own(path / name) for name in ("run.json", "metrics.jsonl")):
+    path, home = (Path(out) / run_id).resolve(), Path(out).resolve()
+    if path.parent.parent != home or not path.is_dir():
+        raise LookupError(f"there is no {run_id} under out/")
+    return path
+
+
+def find(out, run_id):
+    """The directory of a run. ValueError for what is no id, LookupError where there is no run."""
+    path = inside(out, run_id)
+    stage = re.match(r"\d\d_", path.parent.name)
+    if not stage or not any(own(path / name) for name in ("run.json", "metrics.jsonl")):
         raise LookupError(f"there is no run {run_id}")
     return path
 
@@ -269,7 +277,7 @@ def resolve(out, remote, model_id):
             raise ValueError(f"there is no model {model_id[:100]!r}: s3:<run>@<step>, with --store")
         return remote.fetch(run_id[3:], int(step))
     try:
-        path = find(out, run_id)
+        path = inside(out, run_id)
     except LookupError as error:
         raise ValueError(str(error)) from None
     path = path / "checkpoints" / f"step-{int(step):08d}" / "model" if at else path
