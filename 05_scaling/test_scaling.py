@@ -614,6 +614,11 @@ def test_a_kill_loses_no_more_than_the_last_steps(tmp_path, text):
     assert process.returncode == 0, err
     assert f"going on from step {step}" in out
     assert "saved: the same command goes on from there" in out
+    (newest,) = checkpoints.glob(
+        f"step-{json.loads((checkpoints / 'latest.json').read_text())['step']:08d}"
+    )
+    model = scaling.TransformerLM.from_pretrained(newest / "model")  # who needs no optimizer
+    assert model(torch.zeros(1, 4, dtype=torch.int64)).isfinite().all()
 
 
 @pytest.fixture

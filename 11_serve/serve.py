@@ -123,11 +123,11 @@ class Models:
         return self.first.stem if self.first.suffix == ".gguf" else self.first.name
 
     def default(self):
-        """The id of the model that answers where none is named; None where there is no model."""
+        """The id of the model that answers where none is named: what --model says, or the newest
+        of our own. None where there is no model."""
         if self.first:
             return self.first_id()
-        listed = self.listed()
-        return listed[0]["id"] if listed else None
+        return next((m["id"] for m in self.listed() if m["id"] != "smollm2"), None)
 
     def path(self, model_id):
         """The directory or file of a model; ValueError where there is none."""

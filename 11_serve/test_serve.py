@@ -468,8 +468,7 @@ def test_a_model_that_is_broken_is_told_about(made, tmp_path):
     assert error["code"] == "model_not_found"
 
 
-def test_without_a_model_it_says_which_make_to_run(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(serve.loading, "find_gguf", lambda: (_ for _ in ()).throw(ValueError("no")))
+def test_without_a_model_it_says_which_make_to_run(made, tmp_path):
     refused(made(out=tmp_path / "out").chat(), 404, "make 05")
 
 
@@ -683,7 +682,7 @@ def command(*words, out=None, **env):
         (["--port", "99999999"], {}, "65535"),
         (["--model", "/nowhere"], {}, "holds no model"),
         (["--max_running", "0"], {}, "max_running"),
-        (["--store", "http://evil"], {}, "s3://"),
+        (["--port", "0", "--store", "http://evil"], {}, "s3://"),
     ],
 )
 def test_wrong_flags_end_in_one_line(words, env, message, tmp_path):
@@ -699,6 +698,14 @@ def test_a_port_in_use_ends_in_one_line(tmp_path):
         _, stderr = done.communicate(timeout=60)
     assert done.returncode == 2 and "cannot listen at 127.0.0.1" in stderr
     assert len(stderr.strip().splitlines()) == 1
+
+
+def test_ask_answers_without_a_server_or_a_model(tmp_path):
+    words = [sys.executable, HERE / "run.py", "ask", "--max_tokens", "4", "--device", "cpu"]
+    env = os.environ | {"OUT": str(tmp_path), "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "a small random one answers" in done.stdout, done.stderr
+    assert (tmp_path / "11_serve" / "random" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

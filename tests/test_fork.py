@@ -22,6 +22,7 @@ MINIMAL = {
     "08_reward": "train --data {pairs} --steps 3 --tokens_per_step 512 --eval_every 3 --device cpu",
     "09_rlhf": "train --data {pairs} --reward stop_in_time --steps 3 --device cpu",
     "10_semantic": "bytes --data {text} --flops 3e9 --context_length 32 --sample 200",
+    "11_serve": "ask --max_tokens 4 --device cpu",
 }
 
 

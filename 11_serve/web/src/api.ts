@@ -39,7 +39,7 @@ async function errorOf(response: Response): Promise<ApiError> {
   } catch {
     // Not ours: a proxy's page, say.
   }
-  if (response.status === 401) message ||= "The server wants an API key.";
+  if (response.status === 401) message = "The server wants an API key, or another one than this.";
   const wait = Number(response.headers.get("Retry-After"));
   return new ApiError(
     message || `The server answered with status ${response.status}.`,

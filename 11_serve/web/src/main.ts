@@ -1,7 +1,7 @@
 // The page: two views by the address's hash, the theme, the API key, the connection.
 
 import "./style.css";
-import { get, words } from "./api";
+import { ApiError, get, words } from "./api";
 import { chatWith, setDefaultModel, startChat } from "./chat";
 import { el, load, save, setText } from "./dom";
 import { askForKey, currentKey, onKeyChange } from "./key";
@@ -59,7 +59,8 @@ async function begin(): Promise<void> {
     say("");
   } catch (error) {
     say(words(error));
-    setTimeout(() => void begin(), 5000);
+    // Without a key there is nothing to try again: a key that is saved begins anew.
+    if (!(error instanceof ApiError && error.status === 401)) setTimeout(() => void begin(), 5000);
   }
 }
 
