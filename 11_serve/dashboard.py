@@ -177,12 +177,12 @@ class Live:
                     messages.append(f'{{"type": "{kind}", "{kind}": {text}}}')
             told |= lists
             for run, cursor in follows.items():
-                cursors[run], path = cursor, None
-                with contextlib.suppress(LookupError, ValueError):  # not there yet, or no more
-                    path = metrics_path(self.out, run, self.remote)
-                if path is None:
+                cursors[run], lines = cursor, None
+                with contextlib.suppress(LookupError, ValueError, OSError):  # not there, or not yet
+                    if path := metrics_path(self.out, run, self.remote):
+                        lines = tail(path)
+                if lines is None:
                     continue
-                lines = tail(path)
                 rows, reset, cursors[run] = lines.since(cursor)
                 if rows or reset:
                     messages.append({"type": "rows", "run": run, "rows": rows, "reset": reset})
@@ -236,7 +236,7 @@ def plainly(function):
         try:
             answer = function(*args, **kwargs)
             return answer if isinstance(answer, Response) else reply(answer)
-        except LookupError as error:
+        except (LookupError, FileNotFoundError) as error:  # it may have gone just now
             return reply(problem(str(error), "not_found"), 404)
         except RuntimeError as error:
             return reply(problem(str(error), "conflict"), 409)

@@ -511,8 +511,8 @@ def penalise(logits, sampling, prompt, answer):
         seen = torch.tensor(sorted({*prompt, *answer}), device=logits.device)
         values, by = logits[seen], sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / by, values * by)
-    counts = Counter(answer)
-    if counts and (sampling.presence_penalty or sampling.frequency_penalty):
+    if answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = Counter(answer)
         ids = torch.tensor(list(counts), device=logits.device)
         often = torch.tensor(list(counts.values()), device=logits.device)
         logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * often
@@ -747,13 +747,12 @@ class Engine:
             except Exception as error:  # such as no memory: the requests fail, the engine goes on
                 self.counts["failures"] += 1
                 traceback.print_exc()
-                self.fail(f"{type(error).__name__} in the engine")
-        self.fail("this model is being unloaded")
+                self.fail(self.running or self.waiting, f"{type(error).__name__} in the engine")
+        self.fail(self.running, "this model is being unloaded")
+        self.fail(self.waiting, "this model is being unloaded")
 
-    def fail(self, why):
-        with self.changed:
-            requests, self.waiting = [*self.running, *self.waiting], deque()
-        for request in requests:
+    def fail(self, requests, why):
+        for request in [*requests]:
             self.finish(request, "error", why)
 
     # ---- a pass: who takes part, the model, what comes of it
@@ -865,7 +864,8 @@ class Engine:
         if wanted:  # the model's own, before penalties and temperature
             log_probs = logits[wanted].log_softmax(-1)
         for row, request in zip(logits, requests):
-            penalise(row, request.sampling, request.tokens[: request.n_prompt], request.answer)
+            n = request.n_prompt
+            penalise(row, request.sampling, request.tokens[:n], request.tokens[n:])
         chances = [r.random.random() for r in requests]
         ids = sample_rows(logits, [r.sampling for r in requests], chances)
         now = time.perf_counter()

@@ -132,6 +132,8 @@ class Gate:
                     (b"referrer-policy", b"no-referrer"),
                     (b"cross-origin-resource-policy", b"same-origin"),
                 ]
+                if b"cache-control" not in dict(message["headers"]):
+                    headers.append((b"cache-control", b"no-cache"))  # a page built anew is seen
                 message = message | {"headers": [*message["headers"], *headers]}
             # A reader that does not read may hold a connection, but not for ever.
             await asyncio.wait_for(send(message), self.limits.patience)

@@ -174,7 +174,7 @@ class Models:
         limits = self.limits
         serving = engine.Engine(
             model, tokenizer, self.cache_bytes or memory(self.device), limits.max_running,
-            limits.max_waiting, 512 if self.device.type == "cpu" else 4096, limits.seconds,
+            limits.max_waiting, 256 if self.device.type == "cpu" else 4096, limits.seconds,
         )  # fmt: skip
         n = sum(p.numel() for p in model.parameters())
         return Loaded(model_id, serving, tokenizer, template, n)

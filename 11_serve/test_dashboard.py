@@ -626,6 +626,9 @@ def test_no_route_leaves_out(serve, out, tmp_path):
     (run / "sub" / "x.png").write_text("secret")
     (run / "evil.png").symlink_to(tmp_path / "secret.png")
     (out / "03_gpt" / "away").symlink_to(tmp_path)
+    there = run_of(tmp_path / "other", "run-secret", [1])  # just what a run looks like
+    (out / "03_gpt" / "other").symlink_to(there)
+    (out / "04_modern").symlink_to(there.parent)
     (out / "03_gpt" / "links").mkdir()
     for name in ("run.json", "metrics.jsonl"):
         (out / "03_gpt" / "links" / name).symlink_to(tmp_path / name)
@@ -636,7 +639,8 @@ def test_no_route_leaves_out(serve, out, tmp_path):
         "/runs/03_gpt/links", "/runs/03_gpt/links/metrics", "/runs/11_serve/jobs",
         "/runs/03_gpt/run-aaaaaa%00", "/runs/03_gpt/run-aaaaaa%0a", "/runs/s3/x",
         *(f"{good}/plots/{x}" for x in ("evil.png", "notes.txt", ".hidden.png", "none.png")),
-        *(f"{good}/plots/{x}" for x in ("sub%2fx.png", "%2e%2e%2fsecret.png", "x.png%00", "%2e%2e")),
+        *(f"{good}/plots/{x}" for x in ("sub%2fx.png", "%2e%2e%2fsecret.png", "x.png%00")),
+        f"{good}/plots/%2e%2e", "/runs/03_gpt/other", "/runs/04_modern/run-secret",
         "/jobs/..%2f..%2fx/log", "/jobs/%2e%2e/log", "/jobs/00000000/log",
         f"{good}/metrics?after=x",
     ]  # fmt: skip

@@ -647,6 +647,8 @@ def test_pages_and_answers_carry_their_headers(server):
     answer = server.http.get("/health")
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+    page = server.http.get("/")
+    assert "<title>" in page.text and page.headers["cache-control"] == "no-cache"
 
 
 def test_special_tokens_of_a_user_stay_text(server):
