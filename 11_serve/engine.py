@@ -578,38 +578,41 @@ class TextStream:
     def __init__(self, tokenizer, stop=()):
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self.held, self.waiting = "", []  # text and tokens that are not told yet
+        self.held = ""  # text that is not told yet, as it may begin a stop string
+        self.waiting, self.ahead = [], 0  # [(token, characters)], and how many of these are told
 
     def push(self, token):
         """(text, tokens) that can be told now, one more token being there: (id, ...)."""
-        self.waiting.append(token)
-        self.held += self.decoder.decode(self.tokenizer.tokens.get(token[0], b""))
+        new = self.decoder.decode(self.tokenizer.tokens.get(token[0], b""))
+        self.waiting.append((token, len(new)))
+        self.held += new
         cuts = [self.held.index(s) for s in self.stop if s in self.held]
         if cuts:
             self.stopped = True
-            return self.cut(min(cuts))
+            return self.tell(min(cuts))
         begun = (n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n]))
-        end = len(self.held) - max(begun, default=0)
-        text, self.held = self.held[:end], self.held[end:]
-        # A token whose characters are not all told waits with them.
-        whole = not self.held and not self.decoder.getstate()[0]
-        tokens, self.waiting = (self.waiting, []) if whole else ([], self.waiting)
-        return text, tokens
+        return self.tell(len(self.held) - max(begun, default=0))
 
-    def cut(self, end):
-        """(text, tokens) up to a stop string, and of the tokens those that lie before it."""
-        length, tokens = 0, []
-        for token in self.waiting:
-            length += len(self.tokenizer.tokens.get(token[0], b"").decode(errors="replace"))
-            if length > end:
+    def tell(self, end):
+        """The held text up to `end`, and the tokens of which all characters are told by then. One
+        that is part of a character goes with the one that completes it."""
+        text, self.held = self.held[:end], self.held[end:]
+        self.ahead += len(text)
+        n = reached = length = 0
+        for i, (_, characters) in enumerate(self.waiting, 1):
+            length += characters
+            if length > self.ahead:
                 break
-            tokens.append(token)
-        return self.held[:end], tokens
+            if characters:
+                n, reached = i, length
+        tokens, self.waiting = [token for token, _ in self.waiting[:n]], self.waiting[n:]
+        self.ahead -= reached
+        return text, tokens
 
     def close(self):
         """What is left at the end: half a character becomes U+FFFD."""
         text, self.held = self.held + self.decoder.decode(b"", final=True), ""
-        return text, self.waiting
+        return text, [token for token, _ in self.waiting]
 
 
 # ---- the engine

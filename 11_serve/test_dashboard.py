@@ -137,7 +137,9 @@ class Server:
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         self.port = sock.getsockname()[1]
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_level="error", ws_ping_interval=None, timeout_graceful_shutdown=1
+        )
         self.server = uvicorn.Server(config)
         run = dict(target=self.server.run, kwargs=dict(sockets=[sock]), daemon=True)
         self.thread = threading.Thread(**run)
@@ -412,7 +414,7 @@ def test_a_log_is_read_on_in_whole_characters(jobs):
         {"prompt": "x" * 501}, {"data": "../../secret.txt"}, {"data": "/etc/passwd"},
         {"data": "http://169.254.169.254/latest"}, {"data": "file:///etc/passwd"},
         {"data": "s3://other/prefix"}, {"data": "s3://bucket/prefix-of-others/x"},
-        {"data": "s3://bucket/prefix/../other"}, {"data": "out/link/passwd"}, {"data": "~root"},
+        {"data": "s3://bucket/prefix/../other"}, {"data": "out/link/passwd"}, {"data": "{out}/link/passwd"}, {"data": "~root"},
         {"data": "*"}, {"data": "..\\x"}, {"how": "/etc/passwd"}, {"how": "x.py:f"},
         {"data": "out/11_serve/jobs/x/job.json"}, {"steps": [1]}, {"steps": None},
         {"rate": float("inf")}, {"steps": True}, {"fresh": "yes"}, {"fresh": 1}, {"run": "mine"},
@@ -425,6 +427,8 @@ def test_flags_that_may_not_be_given(root, jobs, out, flags):
     if not (root / "out").exists():
         (root / "out").symlink_to(out)
     (out / "link").symlink_to("/etc")
+    if isinstance(flags, dict) and str(flags.get("data")).startswith("{out}"):
+        flags = {"data": flags["data"].format(out=out)}
     with pytest.raises(ValueError):
         jobs.start("20_tiny", "train", flags)
     (root / "out").unlink()
@@ -626,7 +630,7 @@ def test_no_route_leaves_out(serve, out, tmp_path):
     (run / "sub" / "x.png").write_text("secret")
     (run / "evil.png").symlink_to(tmp_path / "secret.png")
     (out / "03_gpt" / "away").symlink_to(tmp_path)
-    there = run_of(tmp_path / "other", "run-secret", [1])  # just what a run looks like
+    there = run_of(tmp_path / "other", "run-other", [1])  # just what a run looks like
     (out / "03_gpt" / "other").symlink_to(there)
     (out / "04_modern").symlink_to(there.parent)
     (out / "03_gpt" / "links").mkdir()
@@ -640,7 +644,7 @@ def test_no_route_leaves_out(serve, out, tmp_path):
         "/runs/03_gpt/run-aaaaaa%00", "/runs/03_gpt/run-aaaaaa%0a", "/runs/s3/x",
         *(f"{good}/plots/{x}" for x in ("evil.png", "notes.txt", ".hidden.png", "none.png")),
         *(f"{good}/plots/{x}" for x in ("sub%2fx.png", "%2e%2e%2fsecret.png", "x.png%00")),
-        f"{good}/plots/%2e%2e", "/runs/03_gpt/other", "/runs/04_modern/run-secret",
+        f"{good}/plots/%2e%2e", "/runs/03_gpt/other", "/runs/04_modern/run-other",
         "/jobs/..%2f..%2fx/log", "/jobs/%2e%2e/log", "/jobs/00000000/log",
         f"{good}/metrics?after=x",
     ]  # fmt: skip
@@ -709,6 +713,20 @@ def test_lists_are_sent_when_they_change_and_nothing_is_polled_for_nobody(serve,
     assert len(page.seen) - before <= 3  # and not one with each look
     page.close()
     until(lambda: server.live.poller.done(), "the poller ends")
+
+
+def test_a_follow_while_the_disk_is_read_is_not_lost(serve, out, monkeypatch):
+    run_of(out, steps=[1, 2])
+    run_of(out, "run-bbbbbb", [7])
+    server = serve()
+    look = server.live.look
+    monkeypatch.setattr(server.live, "look", lambda ready: (look(ready), time.sleep(0.4))[0])
+    page = server.page()
+    page.next("runs")
+    for runs in ({"03_gpt/run-aaaaaa": -1}, {"03_gpt/run-aaaaaa": -1, "03_gpt/run-bbbbbb": -1}):
+        page.send(type="follow", runs=runs)
+        time.sleep(0.2)
+    assert page.steps(7) == [1, 2, 7]
 
 
 def test_a_reset_reaches_the_page_and_a_relogged_step_comes_again(serve, out):
@@ -836,6 +854,7 @@ def test_a_sample_is_drawn_when_the_model_changes_and_never_two_at_once(serve, o
     (path / "model.safetensors").write_text("weights")
     found = page.next("sample")
     assert found == dict(type="sample", run="03_gpt/run-aaaaaa", step=1, text="text 1")
+    time.sleep(1)  # both may be drawn again, and change at once
     (other / "model.safetensors").write_text("weights")
     (path / "model.safetensors").write_text("others")
     kinds = {page.next("error")["error"]["code"], page.next("sample")["text"][:4]}
@@ -904,7 +923,7 @@ def test_runs_on_s3_are_listed_and_a_model_is_fetched_and_checked(s3, tmp_path, 
     assert sorted(p.name for p in folder.parent.iterdir()) == ["files.json", "model"]
     assert folder.is_relative_to(out / "11_serve" / "downloads" / "one")
     key = "pre/one/step-00000010/model/model.safetensors"
-    s3.put_object(Bucket=s3.bucket, Key=key, Body=b"wrong bytes")
+    s3.put_object(Bucket=s3.bucket, Key=key, Body=b"weights 99")
     for model in ("s3:one@10", "s3:one@30", "s3:none@1"):
         with pytest.raises(ValueError, match="damaged|no complete"):
             runs_module.resolve(out, there, model)

@@ -491,13 +491,11 @@ def test_an_emoji_of_several_code_points_comes_whole_code_point_by_code_point():
 def test_nothing_of_a_stop_string_is_told(text, stop):
     parts, told = stream(text, tuple(stop))
     ends = [text.index(s) for s in stop if s in text]
-    # The first to be complete, as a reader of tokens sees it; among those the leftmost.
-    done = [text.index(s) + len(s) for s in stop if s in text]
-    if not ends:
-        assert "".join(parts) == text
-    else:
-        seen = text[: min(done)]
-        assert "".join(parts) == text[: min(seen.index(s) for s in stop if s in seen)]
+    expected = text
+    if ends:  # the first to be complete, as a reader of tokens sees it; of those the leftmost
+        seen = text[: min(text.index(s) + len(s) for s in stop if s in text)]
+        expected = text[: min(seen.index(s) for s in stop if s in seen)]
+    assert "".join(parts) == expected
     assert "".join(chr(t) for t, _, _ in told) == "".join(parts)
 
 
