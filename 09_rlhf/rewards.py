@@ -5,8 +5,8 @@ learns what is rewarded, not what was meant: each function here is short enough 
 be cheated.
 
 Parent: 08_reward/reward.py (RewardModel)
-New: question, sums, final_number, gsm8k, syllables, spoken, metre, stop_in_time, each, of_model,
-    version, named
+New: question, sums, final_number, last_number, gsm8k, syllables, spoken, metre, stop_in_time,
+    each, of_model, version, named
 Changed: RewardModel
 
 GSM8K: Cobbe et al. 2021, arXiv 2110.14168.
@@ -50,6 +50,12 @@ def final_number(text):
     "so 3 + 4 = 7 #### 1,234" -> 1234.0"""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
     return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def last_number(prompt, completion):
+    """As sums, for a model that answers in sentences: 1.0 where the last number is the sum."""
+    a, b = re.findall(r"\d+", question(prompt))[-2:]
+    return float(final_number(completion) == int(a) + int(b))
 
 
 def gsm8k(answers):
@@ -204,9 +210,9 @@ def version(name):
 
 
 def named(name, answers=None, device="cpu"):
-    """The judge called `name`: sums, metre, stop_in_time, gsm8k (with answers), model (08's
-    newest), a directory of a reward model, or file.py:function. ValueError for what is none."""
-    known = dict(sums=sums, metre=metre, stop_in_time=stop_in_time)
+    """The judge called `name`: sums, last_number, metre, stop_in_time, gsm8k (with answers), model
+    (08's newest), a directory of a reward model, or file.py:function. ValueError for others."""
+    known = dict(sums=sums, last_number=last_number, metre=metre, stop_in_time=stop_in_time)
     if name in known:
         return each(known[name])
     if name == "gsm8k":
@@ -225,7 +231,7 @@ def named(name, answers=None, device="cpu"):
     home = common.OUT / "08_reward" / "latest" if name == "model" else Path(name)
     if not (home / "config.json").exists():
         raise ValueError(
-            f"--reward {name}: none of sums, metre, stop_in_time, gsm8k and file.py:function, and "
+            f"--reward {name}: none of {', '.join(known)}, gsm8k and file.py:function, and "
             f"{home} holds no reward model (make 08 trains one)"
         )
     return of_model(home, device)

@@ -38,7 +38,7 @@ LEAST = 0.05  # share that has to be right before there is anything to learn fro
 
 @dataclass
 class Task:
-    reward: str | None = None  # sums, metre, stop_in_time, gsm8k, model, path, file.py:name
+    reward: str | None = None  # sums, last_number, metre, stop_in_time, gsm8k, model, file.py:name
     data: str | None = None  # .json, .jsonl, .csv of prompts, dpo: pairs; None: the reward's own
     watch: str | None = None  # a reward that is only watched, such as the true one of a proxy
     model: str | None = None  # directory, .gguf file or smollm2; None: newest of 07, or 05, 04
@@ -86,7 +86,8 @@ class EvalOptions:
 
 
 def about_sums(task):
-    return "sums" in (task.reward, task.watch) and task.data is None
+    asked = {"sums", "last_number"} & {task.reward, task.watch}
+    return bool(asked) and task.data is None
 
 
 def ask(task):

@@ -115,9 +115,10 @@ def seeds(given):
     shared = dict(device=o.device) | (dict(fresh=True) if o.fresh else {})
     shared |= {} if o.model is None else dict(model=o.model)
     runs = {"grpo-metre-1": dict(reward="metre", algorithm="grpo", seed=1)} if o.metre else {}
+    reward = "last_number" if o.model == "smollm2" else "sums"  # SmolLM2 answers in sentences
     for seed in range(1, o.seeds + 1):
         for name in algorithms:
-            runs[f"{name}-sums-{seed}"] = dict(reward="sums", algorithm=name, seed=seed)
+            runs[f"{name}-sums-{seed}"] = dict(reward=reward, algorithm=name, seed=seed)
     if o.steps is not None:
         shared["steps"] = o.steps
     began = time.perf_counter()

@@ -765,6 +765,9 @@ def test_sums_and_final_numbers():
     )
     assert rewards.sums("Once I had 3. 40 + 2 =", "42") == 1
     assert rewards.sums("Add 1 and 2.", "") == 0
+    assert rewards.last_number("Add 9 and 9.", "9 and 9 make 18.") == 1
+    assert rewards.last_number("Add 9 and 9.", "18, not 19") == 0
+    assert rewards.last_number("Add 9 and 9.", "many") == 0
     for text, number in (
         ("so 3 + 4 = 7 #### 1,234", 1234), ("#### -5", -5), ("it is 12.50.", 12.5), ("none", None),
         ("5 #### ", None), ("9 then #### 8 then 7", 7),
