@@ -145,6 +145,12 @@ def test_text_to_tokenizer_to_gpt_to_text(tmp_path):
     ids = theirs.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
     new = words.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert new.strip() == reply
+    # And the server says the same, of this model and of 03's in GPT-2's layout.
+    asked = ("ask", "--device", "cpu", "--max_tokens", 8)
+    said = run(tmp_path, "11_serve/run.py", *asked, "--model", policy, "--prompt", question)
+    assert said.strip() == reply
+    said = run(tmp_path, "11_serve/run.py", *asked, "--model", tmp_path / "03_gpt" / "latest")
+    assert len(said) > 1
 
 
 def test_the_held_out_plays_are_never_trained_on(tmp_path, monkeypatch):
