@@ -145,12 +145,13 @@ class Models:
             raise APIError(
                 404, "there is no model under out/ yet: make 05 trains one", "model_not_found"
             )
-        with self.lock:
-            if model_id not in self.loaded:
-                self.loaded[model_id] = self.load(model_id)
-                self.loads += 1
-            self.loaded[model_id].used = time.monotonic()
-            return self.loaded[model_id]
+        one = self.loaded.get(model_id)
+        if one is None:  # only who needs a model that is not there waits for its loading
+            with self.lock:
+                one = self.loaded.get(model_id) or self.load(model_id)
+                self.loaded[model_id] = one
+        one.used = time.monotonic()
+        return one
 
     def load(self, model_id):
         try:
@@ -177,6 +178,7 @@ class Models:
             limits.max_waiting, 256 if self.device.type == "cpu" else 4096, limits.seconds,
         )  # fmt: skip
         n = sum(p.numel() for p in model.parameters())
+        self.loads += 1
         return Loaded(model_id, serving, tokenizer, template, n)
 
     def make_room(self):
@@ -191,7 +193,7 @@ class Models:
             self.loaded.pop(oldest.id).engine.close()
 
     def close(self):
-        for one in self.loaded.values():
+        for one in [*self.loaded.values()]:
             one.engine.close()
 
 
@@ -331,6 +333,8 @@ class Answers:
             if isinstance(error, Busy):
                 busy = "rate_limit_exceeded", None, "requests", error.seconds
                 raise APIError(429, str(error), *busy) from None
+            if one.engine.closed:  # it had to make room in this very moment
+                raise APIError(503, str(error), "unloaded", None, "server_error", 1) from None
             code = "context_length_exceeded" if "context" in str(error) else None
             raise APIError(400, str(error), code) from None
 
