@@ -56,7 +56,12 @@ class Loaded:
     tokenizer: prompts.QuickTokenizer
     template: prompts.ChatTemplate
     parameters: int
+    file: Path  # of its weights, and when that was written
+    written: int
     used: float = 0.0  # when it was last asked
+
+    def idle(self):
+        return not (self.engine.running or self.engine.waiting)
 
 
 class Models:
@@ -79,7 +84,7 @@ class Models:
         for path in self.out.glob("*/*/model.safetensors"):
             if path.parent.is_symlink():  # latest
                 continue
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is none
                 config = json.loads((path.parent / "config.json").read_text())
                 if config["model_type"] in DENSE and "Sequence" not in str(config["architectures"]):
                     context = config.get("max_position_embeddings", config.get("n_positions"))
@@ -146,12 +151,21 @@ class Models:
                 404, "there is no model under out/ yet: make 05 trains one", "model_not_found"
             )
         one = self.loaded.get(model_id)
-        if one is None:  # only who needs a model that is not there waits for its loading
+        if one is None or self.outdated(one):  # only who needs it waits for its loading
             with self.lock:
-                one = self.loaded.get(model_id) or self.load(model_id)
-                self.loaded[model_id] = one
+                one = self.loaded.get(model_id)
+                if one and self.outdated(one):
+                    self.loaded.pop(model_id).engine.close()
+                    one = None
+                one = self.loaded[model_id] = one or self.load(model_id)
         one.used = time.monotonic()
         return one
+
+    def outdated(self, one):
+        """Whether training has written its files anew since, and nobody is being answered."""
+        with contextlib.suppress(OSError):
+            return one.idle() and one.file.stat().st_mtime_ns != one.written
+        return False  # the run was deleted: it answers as long as it is in memory
 
     def load(self, model_id):
         try:
@@ -162,6 +176,8 @@ class Models:
             ) from None
         try:
             self.make_room()
+            file = path / "model.safetensors" if path.is_dir() else path
+            written = file.stat().st_mtime_ns if file.exists() else 0  # it may be in shards
             model, files = engine.load(path, self.device, self.dtype)
             directory = path if path.is_dir() else self.out / "11_serve" / f"{path.stem}-tokenizer"
             for name, text in {} if path.is_dir() else files.items():
@@ -179,11 +195,11 @@ class Models:
         )  # fmt: skip
         n = sum(p.numel() for p in model.parameters())
         self.loads += 1
-        return Loaded(model_id, serving, tokenizer, template, n)
+        return Loaded(model_id, serving, tokenizer, template, n, file, written)
 
     def make_room(self):
         """Unload the model that was idle longest, where there are too many."""
-        idle = [m for m in self.loaded.values() if not (m.engine.running or m.engine.waiting)]
+        idle = [one for one in self.loaded.values() if one.idle()]
         if len(self.loaded) >= self.most:
             if not idle:
                 raise APIError(

@@ -395,6 +395,21 @@ def test_more_models_than_memory_are_swapped(made):
     assert one.chat(model="07_sft/run-aaa111").json()["choices"] == first["choices"]
 
 
+def test_what_training_writes_is_what_answers(made, tmp_path):
+    out = tmp_path / "out"
+    write_model(out / "05_scaling" / "run-ddd444")
+    (out / "05_scaling" / "bad").mkdir()
+    (out / "05_scaling" / "bad" / "model.safetensors").write_bytes(b"x")
+    (out / "05_scaling" / "bad" / "config.json").write_text("[1]")  # listed is what can be read
+    one = made(out=out)
+    first = one.chat().json()["choices"]
+    assert one.chat().json()["choices"] == first and one.models.loads == 1
+    write_model(out / "05_scaling" / "run-new", seed=7)
+    new = out / "05_scaling" / "run-new" / "model.safetensors"
+    os.replace(new, out / "05_scaling" / "run-ddd444" / "model.safetensors")
+    assert one.chat().json()["choices"] != first and one.models.loads == 2
+
+
 def test_a_page_loads_a_model(server):
     told = server.http.post("/api/models/load", json={"model": "05_scaling/run-bbb222"}).json()
     assert told["plain"] and told["context_length"] == 512 and told["parameters"] > 1000
