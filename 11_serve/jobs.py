@@ -222,7 +222,7 @@ class Jobs:
         argv = [sys.executable, str(self.root / job["stage"] / "run.py"), command["name"]]
         argv += [f"--run=web-{job['id']}"] * command["keeps_run"]
         if not isinstance(flags, dict) or flags.keys() - kinds.keys():
-            raise ValueError(f"not all of these are flags of {command['name']}: {[*flags]}"[:300])
+            raise ValueError(f"not all of these are flags of {command['name']}: {flags!r}"[:300])
         for name, value in flags.items():
             if (kinds[name] == "bool") != isinstance(value, bool):
                 raise ValueError(

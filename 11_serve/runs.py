@@ -174,7 +174,7 @@ def tail(path):
 def runs(out, jobs=(), remote=None, wait=0):
     """All runs, the newest first, as the contract has it; `jobs` are the jobs that Jobs lists."""
     found = [summary(path, jobs) for path in Path(out).resolve().glob("[0-9][0-9]_*/*")
-             if WORD.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+             if WORD.fullmatch(path.name) and path.is_dir() and path.resolve() == path
              and any(own(path / name) for name in ("run.json", "metrics.jsonl"))]  # fmt: skip
     for row in remote.runs(wait) if remote else []:
         found.append({k: v for k, v in row.items() if k != "checkpoints"})
