@@ -181,8 +181,8 @@ class Models:
             model, files = engine.load(path, self.device, self.dtype)
             directory = path if path.is_dir() else self.out / "11_serve" / f"{path.stem}-tokenizer"
             for name, text in {} if path.is_dir() else files.items():
-                with atomic(directory / name, "w") as file:
-                    file.write(text)
+                with atomic(directory / name, "w") as copy:
+                    copy.write(text)
             whole = (directory / "tokenizer.json").exists()
             tokenizer = prompts.QuickTokenizer(directory if whole else None)
             template = prompts.ChatTemplate(directory)

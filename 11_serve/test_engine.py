@@ -304,6 +304,15 @@ def test_a_long_prompt_does_not_hold_up_who_is_writing(serving, monkeypatch):
     assert len(mixed) >= 7  # 100 tokens in pieces of 15
     assert all((1, 1) in rows for rows in mixed)  # and in each pass the other got its token
     assert max(sum(n for _, n in rows) for rows in seen) <= 16
+    # And so if the long one was there first.
+    seen.clear()
+    with one.changed:
+        one.submit(list(range(100, 200)), Sampling(max_tokens=2, temperature=0), pieces.put)
+        one.submit([2], Sampling(max_tokens=20, temperature=0), pieces.put)
+    ends = 0
+    while ends < 2:
+        ends += pieces.get(timeout=60).finish is not None
+    assert all((1, 1) in rows for rows in seen[:7])
 
 
 def test_a_full_queue_says_when_to_come_again(serving):
@@ -445,6 +454,29 @@ def test_log_probabilities_are_the_models_own(serving):
         assert [v for _, v in others] == pytest.approx(values.tolist(), abs=1e-4)
         ids.append(token)
     assert len(told) == 6
+
+
+def test_log_probabilities_are_each_ones_own(serving):
+    """Of five together, of which two want none."""
+    one, (rows, _) = serving(max_running=8), some_prompts(5)
+    alone = [ask(one, ids, top_logprobs=2, max_tokens=9)[2] for ids in rows]
+    results = [None] * 5
+
+    def client(i):
+        wanted = None if i in (0, 2) else 2
+        results[i] = ask(one, rows[i], top_logprobs=wanted, max_tokens=9)[2]
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for i in range(5):
+        values = [[t[1] for p in pieces for t in p.tokens] for pieces in (results[i], alone[i])]
+        if i in (0, 2):
+            assert values[0] == [None] * 9
+        else:
+            assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def test_an_answer_ends_at_a_stop_token(serving):

@@ -135,8 +135,10 @@ export function startChat(host: HTMLElement): void {
 
 /** The server's answer to which model a page begins with. */
 export function setDefaultModel(id: string | null): void {
-  if (!columns.length) columns = [id ?? models.keys().next().value ?? ""];
-  drawHeads();
+  if (columns.length) return drawHeads();
+  columns = [id ?? models.keys().next().value ?? ""];
+  // A conversation that is still here from before a reload had no column to stand in.
+  render();
 }
 
 /** From the training view: this model answers in the first column. */

@@ -75,8 +75,9 @@ document.querySelector("header")!.after(banner);
 startTheme();
 startChat(views.chat);
 startTraining(views.training, (model) => {
-  chatWith(model);
   location.hash = "#chat";
+  showView(); // now: the event comes later, and what is hidden takes no focus
+  chatWith(model);
 });
 showView();
 window.addEventListener("hashchange", showView);
