@@ -70,8 +70,10 @@ def write_model():
         path, home = loading.find_gguf(), HOME / "bench-smollm2"
     except ValueError:
         found = sorted(OUT.glob("*/*/model.safetensors"), key=lambda p: -p.stat().st_mtime)
-        if able := [p.parent for p in found if not prompts.ChatTemplate(p.parent).plain]:
-            return able[0]
+        for path in (p.parent for p in found):
+            scores = "Sequence" in (path / "config.json").read_text()  # 08's write nothing
+            if not scores and not prompts.ChatTemplate(path).plain:
+                return path
         raise
     if not (home / "model.safetensors").exists():
         config, tensors, files = loading.read(path)

@@ -498,19 +498,20 @@ async def chat(body, request, models):
     top = (body.top_logprobs or 0) if body.logprobs else None
     stops = template.stops(one.tokenizer)
     rows, samplings = samplings_of(body, one, [ids], models.limits, stops, template.stop, top)
-    answers = Answers(one, rows, samplings, body.n)
+    answers, begun = Answers(one, rows, samplings, body.n), set()
 
     def log_probs(tokens):
         return chat_logprobs(one, tokens) if body.logprobs else None
 
     def choice(i, text, tokens, finish):
-        text = text.strip() if template.plain else text  # a transcript has a space before it
+        text = text.lstrip() if template.plain else text  # a transcript has a space before it
         message = {"role": "assistant", "content": text, "refusal": None}
         return dict(index=i, message=message, logprobs=log_probs(tokens), finish_reason=finish)
 
     def chunk(i, piece, first):
         delta = {"role": "assistant"} if first else {}
-        text = piece.text.lstrip() if template.plain and first else piece.text
+        text = piece.text.lstrip() if template.plain and i not in begun else piece.text
+        begun.update({i} if text else ())
         delta |= {"content": text} if text or first else {}
         told = dict(index=i, delta=delta, finish_reason=piece.finish)
         return told | dict(logprobs=log_probs(piece.tokens) if piece.tokens else None)

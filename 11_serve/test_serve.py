@@ -249,6 +249,11 @@ def test_a_chat_with_a_base_model_is_a_transcript(client):
         model="05_scaling/run-bbb222", messages=MESSAGES, max_tokens=8, temperature=0
     )
     assert answer.usage.prompt_tokens == len("System: Be brief.\nUser: Hello\nAssistant:")
+    how = dict(model="05_scaling/run-bbb222", messages=MESSAGES, max_tokens=30, temperature=0)
+    how |= dict(logit_bias={9: 60, 10: 60, 32: 60, 65: 50})  # blanks, and then an A
+    whole = client.chat.completions.create(**how).choices[0].message.content
+    chunks = client.chat.completions.create(stream=True, **how)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole
 
 
 def test_openai_meets_errors_of_its_own_kinds(client):
