@@ -920,6 +920,7 @@ dist.init_process_group("gloo")
 train_ranked(Path(sys.argv[1]), dist.get_rank(), 2)
 dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # threads of gloo may still be ending, and a plain exit would then abort
 """
 
 

@@ -27,7 +27,6 @@ export class DetailView {
       this.id = id;
       this.seen = this.job = null!;
       this.tail = null;
-      for (const url of this.pictures.values()) URL.revokeObjectURL(url);
       this.pictures.clear();
       this.said.textContent = "";
       this.body.replaceChildren(el("p", { class: "note" }, "Loading."));
@@ -129,17 +128,21 @@ export class DetailView {
 
   /** Fetched, since an <img> cannot send the API key; kept until another run is opened. */
   private plot(id: string, file: string): HTMLElement {
-    const image = el("img", { alt: `Plot ${file}`, testid: "plot", loading: "lazy" });
+    const image = el("img", { alt: `Plot ${file}`, testid: "plot" });
     const figure = el("figure", {}, image, el("figcaption", {}, file));
     const known = this.pictures.get(file);
     if (known) image.src = known;
     request(`${runPath(id)}/plots/${encodeURIComponent(file)}`)
       .then((response) => response.blob())
-      .then((blob) => {
+      // A data URL needs no revoking: two redraws may be under way, and end in either order.
+      .then((blob) => new Promise<string>((done) => {
+        const reader = new FileReader();
+        reader.onload = () => done(reader.result as string);
+        reader.readAsDataURL(blob);
+      }))
+      .then((url) => {
         if (this.id !== id) return;
-        const url = URL.createObjectURL(blob);
         image.src = url;
-        if (this.pictures.has(file)) URL.revokeObjectURL(this.pictures.get(file)!);
         this.pictures.set(file, url);
       })
       .catch((error) => figure.append(el("p", { class: "error" }, words(error))));
