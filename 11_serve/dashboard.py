@@ -234,9 +234,15 @@ def plainly(function):
     @functools.wraps(function)
     def route(*args, **kwargs):
         try:
-            answer = function(*args, **kwargs)
+            for last in (False, False, True):
+                try:
+                    answer = function(*args, **kwargs)
+                    break
+                except FileNotFoundError:  # a run removed a checkpoint as its folder was read
+                    if last:
+                        raise LookupError("the files are being changed: ask again") from None
             return answer if isinstance(answer, Response) else reply(answer)
-        except (LookupError, FileNotFoundError) as error:  # it may have gone just now
+        except LookupError as error:
             return reply(problem(str(error), "not_found"), 404)
         except RuntimeError as error:
             return reply(problem(str(error), "conflict"), 409)

@@ -17,6 +17,7 @@ The API is that of platform.openai.com/docs/api-reference; metrics are in Promet
 
 import asyncio
 import contextlib
+import glob
 import json
 import threading
 import time
@@ -81,7 +82,8 @@ class Models:
     def listed(self):
         """[{"id", "created", ...}, ...], the newest first."""
         found = []
-        for path in self.out.glob("*/*/model.safetensors"):
+        # glob, as that of pathlib fails where a folder is removed while it looks.
+        for path in map(Path, glob.glob(f"{glob.escape(str(self.out))}/*/*/model.safetensors")):
             if path.parent.is_symlink():  # latest
                 continue
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is none
@@ -97,7 +99,7 @@ class Models:
         if self.first and self.first_id() not in [model_id for _, model_id, _ in found]:
             found.insert(0, (int(self.first.stat().st_mtime), self.first_id(), None))
         known = [model_id for _, model_id, _ in found]
-        found += [(0, model_id, None) for model_id in self.loaded if model_id not in known]
+        found += [(0, model_id, None) for model_id in [*self.loaded] if model_id not in known]
         return [self.describe(*entry) for entry in found]
 
     def describe(self, made, model_id, context):

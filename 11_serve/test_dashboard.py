@@ -1012,3 +1012,20 @@ def test_s3_is_asked_at_most_every_30_seconds_and_only_when_somebody_looks(out):
     there.looked -= 31
     there.runs(10)
     assert len(asked) == 2
+
+
+def test_files_that_vanish_while_they_are_read_are_read_again():
+    tries = []
+
+    def twice():
+        tries.append(1)
+        if len(tries) < 3:
+            raise FileNotFoundError("step-00000010")
+        return {"tries": len(tries)}
+
+    assert json.loads(dashboard.plainly(twice)().body) == {"tries": 3}
+
+    def never():
+        raise FileNotFoundError("step-00000010")
+
+    assert dashboard.plainly(never)().status_code == 404
