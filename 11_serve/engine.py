@@ -9,13 +9,14 @@ is pages of 16 tokens that belong to no one in particular, so memory is used as 
 what two streams begin with, such as all earlier turns of a chat, is kept and computed once.
 
 Parent: 04_modern/modern.py
-New: Pass, PagedKVCache, Sampling, TextStream, Request, Busy, Engine, Piece, penalise,
-    sample_rows, load
+New: Pass, record, Graph, PagedKVCache, Sampling, TextStream, Request, Busy, Engine, Piece,
+    penalise, sample_rows, load
 Changed: Attention, Block, TransformerLM
 
-Read in this order: PagedKVCache and Pass; Attention; TransformerLM; sample_rows; TextStream;
-Engine from submit to step. Beside it: gpt2.py is 03's model with the same cache, loading.py reads
-checkpoints, prompts.py writes a chat down as its model wants it, serve.py is the API.
+Read in this order: PagedKVCache and Pass (Graph is for GPUs); Attention; TransformerLM;
+sample_rows; TextStream; Engine from submit to step. Beside it: gpt2.py is 03's model with the same
+cache, loading.py reads checkpoints, prompts.py writes a chat down as its model wants it, serve.py
+is the API.
 
 Papers
 - Iteration-level scheduling: Yu et al. 2022 (Orca), OSDI; pages: Kwon et al. 2023, arXiv 2309.06180
@@ -61,8 +62,9 @@ class PagedKVCache:
         if n_pages < 1:
             raise ValueError(f"a cache of {n_pages} pages holds nothing: give it more memory")
         self.page_size, self.n_pages = page_size, n_pages
-        # Zeros, as what is left over in memory could be NaN, and 0 times NaN is not 0.
-        shape = (n_pages, page_size, config.n_kv_heads, config.head_dim)
+        # Zeros, as what is left over in memory could be NaN, and 0 times NaN is not 0. The last page
+        # is nobody's: a Graph writes there for the streams that it lacks.
+        shape = (n_pages + 1, page_size, config.n_kv_heads, config.head_dim)
         layers = range(config.n_layers)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
@@ -166,6 +168,48 @@ class Pass:
             y = F.scaled_dot_product_attention(q[:, :, first:last], k, v, mask, **grouped)
             done.append(y[0])  # (H, T, D)
         return torch.cat(done, dim=1)[None]  # (1, H, N, D)
+
+
+def record(run, pool):
+    """`run` as a CUDA graph: returns a function that runs the same kernels on the same memory with
+    one launch, and returns the same tensor with its new values."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what a first run sets up cannot be recorded
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: another model's engine may be at work in its own thread.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        x = run()
+    return lambda: (graph.replay(), x)[1]
+
+
+class Graph:
+    """The pass of up to B streams with one token each, in up to `most` pages, recorded once: the
+    thousand kernels of a small model take several times as long to launch as to run."""
+
+    def __init__(self, model, cache, B, most, pool=None):
+        device, self.spare = cache.k[0].device, cache.n_pages * cache.page_size
+        row = ([cache.n_pages] * most, most * cache.page_size - 1, 1)
+        self.batch = Pass(cache, [row] * B, device)
+        self.ids = torch.zeros(1, B, dtype=torch.long, device=device)
+
+        def run():
+            self.batch.masks = {}  # of the positions that are there by then
+            return model.hidden(self.ids, self.batch)
+
+        self.replay = record(run, pool)
+
+    def __call__(self, ids, batch):
+        """ids (1, N) of a Pass of N <= B streams to (1, N, C), as model.hidden(ids, batch)."""
+        n, most = batch.tables.shape
+        self.ids[:, :n] = ids
+        self.batch.positions[:, :n] = batch.positions
+        self.batch.tables[:n, :most] = batch.tables  # what stands behind is out of sight
+        self.batch.slots.fill_(self.spare)
+        self.batch.slots[:n] = batch.slots
+        return self.replay()[:, :n]
 
 
 # ---- the model
@@ -680,6 +724,9 @@ class Engine:
         self.waiting, self.running, self.closed = deque(), [], False
         self.changed = threading.Condition()  # guards `waiting` and `closed`
         self.counts = Counter()
+        self.graphs, self.pool = None, None
+        if self.device.type == "cuda":
+            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.pace = 1.0  # seconds that a request takes, a running mean
         self.thread = threading.Thread(target=self.loop, daemon=True, name="engine")
         self.thread.start()
@@ -770,7 +817,7 @@ class Engine:
             return
         batch = Pass(self.cache, [(r.pages, r.cached, n) for r, n in rows], self.device)
         ids = [i for r, n in rows for i in r.tokens[r.cached : r.cached + n]]
-        x = self.model.hidden(torch.tensor([ids], device=self.device), batch)  # (1, N, C)
+        x = self.hidden(torch.tensor([ids], device=self.device), batch)  # (1, N, C)
         self.counts["passes"] += 1
         self.counts["pass_tokens"] += len(ids)
         last = []  # streams whose tokens are all in the cache now: they get a new one
@@ -782,6 +829,15 @@ class Engine:
         if last:
             ends = batch.ends[[place for _, place in last]]
             self.draw([r for r, _ in last], self.model.output(x[0, ends]).float())  # (B, V)
+
+    def hidden(self, ids, batch):
+        """model.hidden(ids, batch), on CUDA by a Graph where each stream has one token."""
+        if self.graphs is None or batch.chunks:
+            return self.model.hidden(ids, batch)
+        size = tuple(1 << (n - 1).bit_length() for n in batch.tables.shape)  # powers of 2: few
+        if size not in self.graphs:
+            self.graphs[size] = Graph(self.model, self.cache, *size, self.pool)
+        return self.graphs[size](ids, batch)
 
     def end_early(self):
         """Requests that were cancelled or took too long."""
