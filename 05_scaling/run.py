@@ -277,6 +277,8 @@ def train(given):
         ) from None
     finally:
         bar.close()
+        if store:
+            store.settle()  # whatever ends a run, what it has committed stays
     if rank == 0:
         finish(run, name, options, val_tokens, meta["bytes"]["val"], device, peak, tokenizer)
     if world > 1:

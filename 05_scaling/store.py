@@ -148,6 +148,11 @@ class CheckpointStore:
         # In a thread of its own, as an upload may take an hour and what is sealed survives a kill.
         threading.Thread(target=self._seal, args=(step, metric, part), daemon=True).start()
 
+    def settle(self):
+        """Block until each commit is whole on the local disk, uploaded or not."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.sealing)
+
     def _seal(self, step, metric, part):
         final, old = self.staging / NAME(step), part.with_suffix(".old")
         try:

@@ -689,13 +689,19 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_checkpoint(
     command, text, tmp_path, monkeypatch
 ):
     step, train = Trainer.train_step, ("train", "--data", text, *SMALL, "--steps", 9)
+    digest = sys.modules["store"].digest
 
     def fail(trainer):
         if trainer.step == 5:
             torch.empty(2**60)  # more than any machine has
         return step(trainer)
 
+    def slow(path):  # the checkpoint of step 4 is not whole yet when step 6 fails
+        time.sleep(0.1)
+        return digest(path)
+
     monkeypatch.setattr(Trainer, "train_step", fail)
+    monkeypatch.setattr("store.digest", slow)
     line = refused(command(*train, "--save_every", 2, "--micro_batch", 4))
     assert "out of memory with 4 sequences at once: " in line and "--micro_batch 2 saves" in line
     monkeypatch.undo()
