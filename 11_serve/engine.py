@@ -62,7 +62,7 @@ class PagedKVCache:
         if n_pages < 1:
             raise ValueError(f"a cache of {n_pages} pages holds nothing: give it more memory")
         self.page_size, self.n_pages = page_size, n_pages
-        # Zeros, as what is left over in memory could be NaN, and 0 times NaN is not 0. The last page
+        # Zeros: what is left over in memory could be NaN, and 0 times NaN is not 0. The last page
         # is nobody's: a Graph writes there for the streams that it lacks.
         shape = (n_pages + 1, page_size, config.n_kv_heads, config.head_dim)
         layers = range(config.n_layers)
