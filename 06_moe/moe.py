@@ -242,7 +242,7 @@ class Routing(NamedTuple):
     load: torch.Tensor  # assignments that each expert was meant to get, (E,)
     dropped: torch.Tensor  # share of the assignments that found their expert full
     entropy: torch.Tensor  # of a token's distribution over experts, mean, nats
-    balance: torch.Tensor  # Switch's loss: 1 where all experts get as much, E where one gets all
+    balance: torch.Tensor  # Switch's loss: 1 where all get as much, E / k where k experts get all
     z: torch.Tensor  # mean square of the logits' log-sum-exp
 
 
@@ -288,7 +288,7 @@ class Router(nn.Module):
         if self.world > 1:  # of all ranks' tokens; each adds the probabilities of its own
             dist.all_reduce(share)
             share /= self.world
-        balance = E * (share * probs.mean(0)).sum()
+        balance = E * (share * probs.mean(0)).sum()  # its gradient is that of probs
         if self.training and self.capacity is not None:
             full = self.positions(chosen, load) >= math.ceil(self.capacity * N * self.top_k / E)
             chosen, weights = chosen.masked_fill(full, E), weights.masked_fill(full, 0.0)
@@ -392,8 +392,8 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(weight))
 
     def forward(self, x, chosen, weights):
-        """x (N, C), chosen int64 (N, k) with E for none, weights (N, k): the weighted sum of the
-        chosen experts' outputs, (N, C). The three ways give the same."""
+        """x (N, C), chosen int64 (N, k) with E for none, weights (N, k), 0 there: the weighted
+        sum of the chosen experts' outputs, (N, C). The three ways give the same."""
         if self.dispatch == "loop":
             return self.loop(x, chosen, weights)
         E, flat = len(self.gate), chosen.flatten()

@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
 
     prompts: list  # of ids, a list for each group
     ids: torch.Tensor  # int64 (B, N), the replies
-    mask: torch.Tensor  # bool (B, N): their tokens, the one that ends a reply among them
+    mask: torch.Tensor  # bool (B, N): their tokens, one at least; what ends a reply is one
     log_probs: torch.Tensor  # float32 (B, N), of the distribution that drew them; else 0
     ended: torch.Tensor  # bool (B,): the reply ended by itself
 
@@ -220,8 +220,8 @@ def kl_estimates(log_probs, reference):
     and reference, their log-probabilities under both (Schulman 2020).
 
     k1 = log p - log q has the right mean and is often negative; k2 = k1^2 / 2 never is, and is off
-    a little; k3 = q/p - 1 + k1 never is and has the right mean. In a loss their gradients count,
-    and there the mean of k1's is 0: it belongs into the reward."""
+    a little; k3 = q/p - 1 + k1 never is and has the right mean. In a loss their gradients
+    count: k1's mean is 0, so it belongs into the reward; k3's is that of KL(reference || policy)."""
     k1 = log_probs - reference
     return k1, k1**2 / 2, (-k1).exp() - 1 + k1
 
