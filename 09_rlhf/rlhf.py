@@ -221,7 +221,7 @@ def kl_estimates(log_probs, reference):
 
     k1 = log p - log q has the right mean and is often negative; k2 = k1^2 / 2 never is, and is off
     a little; k3 = q/p - 1 + k1 never is and has the right mean. In a loss their gradients
-    count: k1's mean is 0, so it belongs into the reward; k3's is that of KL(reference || policy)."""
+    count: k1's mean is 0, it belongs into the reward; k3's is that of KL(reference || policy)."""
     k1 = log_probs - reference
     return k1, k1**2 / 2, (-k1).exp() - 1 + k1
 
