@@ -360,7 +360,7 @@ def local(x):
 
 def stochastic_round(x, generator):
     """float32 to bfloat16, up or down by chance so that the mean is right. To the nearest, a
-    running mean with beta 0.999 would stand still: it moves by 1/1000, bfloat16 steps by 1/128."""
+    running mean with beta 0.999 would stand still: it moves by 1/1000, bfloat16 by up to 1/128."""
     shape = dict(size=x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits = x.view(torch.int32) + torch.randint(1 << 16, **shape)
     return (bits & -(1 << 16)).view(torch.float32).bfloat16()
@@ -420,8 +420,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices, steps=5):
-    """Roughly U Vᵀ of each matrix U S Vᵀ, (n, rows, columns): all singular values come to between
-    0.7 and 1.2, so that rare directions count as much as common ones (Jordan et al. 2024).
+    """Roughly U Vᵀ of each matrix U S Vᵀ, (n, rows, columns): values of S above 0.002 of the norm
+    come to between 0.7 and 1.2: rare directions count like common ones (Jordan et al. 2024).
 
     A step maps a singular value s to a s + b s³ + c s⁵, whose large slope at 0 lifts small ones."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -817,7 +817,7 @@ class Trainer:
         c, (ids, targets) = self.config, next(self.loader)
         chunks = list(zip(ids.split(self.micro), targets.split(self.micro)))
         counts = torch.stack([(t != IGNORE).sum() for _, t in chunks]).float()
-        total = self.sum_ranks(counts.sum())
+        total = self.sum_ranks(counts.sum()).clamp(min=1)  # 0 where the text is all ignored
         loss = torch.zeros((), device=self.device)
         for i, (ids, targets) in enumerate(chunks):
             mask = document_mask(ids, self.loader.eot) if c.whole_documents else None

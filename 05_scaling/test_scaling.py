@@ -353,6 +353,14 @@ def test_an_accumulated_gradient_is_the_big_batch_s(tmp_path, micro, eot):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+def test_a_batch_of_which_nothing_counts_has_no_gradient(tmp_path):
+    tokens = np.full(5000, 7, np.uint16)  # ends of texts only: nothing to learn from
+    trainer = new_trainer(tmp_path, eot=7, tokens=tokens, whole_documents=True, micro_batch=2)
+    line = trainer.train_step()
+    trainer.loader.close()
+    assert line["train_loss"] == 0 and line["grad_norm"] == 0
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "galore"])
 def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, optimizer):
     settings = dict(optimizer=optimizer, galore_rank=8, state_dtype="bfloat16")
