@@ -11,7 +11,7 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
 help: ## list these targets
-	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" \
+	@grep -hE '^[a-z0-9%-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" \
 	  read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: $(SETUP) ## make .venv (PY=python3 uses that one instead; TORCH_INDEX=URL takes torch from there)
@@ -171,6 +171,12 @@ test-slow: $(SETUP_DEV) ## run the slow tests
 
 lint: $(SETUP_DEV) ## ruff: format and lint
 	$(PYTHON) -m ruff format --check . && $(PYTHON) -m ruff check .
+
+exercise-%: $(SETUP) ## which exercises of a stage are done: make exercise-03
+	@$(PYTHON) tests/exercises/check.py $* || [ $$? = 1 ]
+
+notebooks: $(SETUP_DEV) ## make and run NN_name/walkthrough.ipynb from walkthrough.py (ARGS=03 only that one)
+	$(PYTHON) tests/notebooks.py $(ARGS)
 
 readme: ## write the results tables of the READMEs from results.jsonl
 	$(PYTHON) tests/readme.py

@@ -28,7 +28,9 @@ def fork(stage, to):
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"TO={to} is there and not empty: give a new directory")
-    skip = shutil.ignore_patterns("__pycache__", "results.jsonl", ".*_cache", "node_modules")
+    skip = shutil.ignore_patterns(
+        "__pycache__", "results.jsonl", ".*_cache", "node_modules", "exercises.py", "walkthrough.*"
+    )
     for folder in (folders[0], ROOT / "common"):
         shutil.copytree(folder, to / folder.name, ignore=skip)
     for name in FILES.split():

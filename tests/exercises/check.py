@@ -1,0 +1,135 @@
+"""make exercise-03: which of the exercises in 03_gpt/exercises.py are done.
+
+check_03.py beside this file has one function an exercise, with its name and in its order. It takes
+what the reader wrote, a value or a function, and raises Differs with what is wrong and a hint.
+"""
+
+import ast
+import importlib.util
+import inspect
+import sys
+import textwrap
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+
+
+class Differs(AssertionError):
+    """What the reader wrote is not what was asked for: its text says how, and gives a hint."""
+
+
+def same(got, wanted, hint, tolerance=1e-5):
+    """Raise Differs unless `got` is `wanted`: tensors and floats to a relative and absolute
+    tolerance, all else by ==. Tensors must have the same shape; their dtypes may differ."""
+    import torch
+
+    if isinstance(wanted, torch.Tensor):
+        if not isinstance(got, torch.Tensor):
+            raise Differs(f"got a {type(got).__name__}, not a tensor. Hint: {hint}")
+        if got.shape != wanted.shape:
+            shapes = f"{tuple(got.shape)}, not {tuple(wanted.shape)}"
+            raise Differs(f"the shape is {shapes}. Hint: {hint}")
+        got, wanted = got.detach().double(), wanted.detach().double()
+        wrong = ~torch.isclose(got, wanted, tolerance, tolerance, equal_nan=True)
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            one, other = got[at].item(), wanted[at].item()
+            raise Differs(f"{one:.6g} at {list(at)}, not {other:.6g}. Hint: {hint}")
+    elif isinstance(wanted, float):
+        if not isinstance(got, (int, float)) or isinstance(got, bool):
+            raise Differs(f"got {got!r}, not a number. Hint: {hint}")
+        if not abs(got - wanted) <= tolerance * max(1.0, abs(wanted)):
+            raise Differs(f"got {got:.6g}. Hint: {hint}")
+    elif type(got) is not type(wanted) or got != wanted:
+        raise Differs(f"got {got!r}. Hint: {hint}")
+
+
+def load(path):
+    """The module in a file, under a name of its own: each stage has an exercises.py."""
+    name = f"{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stage(number):
+    """The folder of a stage by its number; its files, and the checks', can be imported then."""
+    folders = sorted(ROOT.glob("[0-9][0-9]_*/exercises.py"))
+    found = [path.parent for path in folders if path.parent.name.startswith(f"{number}_")]
+    if not found:
+        numbers = " ".join(path.parent.name[:2] for path in folders)
+        raise ValueError(f"there are no exercises {number}: give one of {numbers}")
+    sys.path[:0] = [p for p in map(str, (found[0], ROOT, HERE)) if p not in sys.path]
+    return found[0]
+
+
+def checks(number):
+    """{name: check} of a stage, in order."""
+    module = load(HERE / f"check_{number}.py")
+    own = inspect.getmembers(module, inspect.isfunction)
+    own = [(n, f) for n, f in own if f.__module__ == module.__name__ and not n.startswith("_")]
+    return dict(sorted(own, key=lambda item: item[1].__code__.co_firstlineno))
+
+
+def is_open(answer):
+    """True for None, and for a function of which there is only a docstring and `...`."""
+    if not inspect.isfunction(answer):
+        return answer is None
+    body = ast.parse(textwrap.dedent(inspect.getsource(answer))).body[0].body
+    return all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)
+
+
+def verdict(check, module, path):
+    """done, not yet, or what differs."""
+    if not hasattr(module, check.__name__):
+        return "it is gone: the check looks for this name"
+    answer = getattr(module, check.__name__)
+    if is_open(answer):
+        return "not yet"
+    try:
+        check(answer)
+    except Differs as error:
+        return str(error)
+    except Exception as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [call.lineno for call in calls if Path(call.filename) == path]
+        where = f" (line {lines[-1]})" if lines else ""
+        return f"{type(error).__name__}: {error}{where}"
+    return "done"
+
+
+def main(number):
+    folder = stage(number)
+    path = folder / "exercises.py"
+    print(path.relative_to(ROOT))
+    try:
+        module = load(path)
+    except Exception as error:
+        line = (
+            getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        )
+        why = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        raise ValueError(f"{path.relative_to(ROOT)} cannot be read, line {line}: {why}") from None
+    done, todo = 0, checks(number)
+    for name, check in todo.items():
+        said = verdict(check, module, path)
+        done += said == "done"
+        short = said if said in ("done", "not yet") else "differs"
+        print(f"  {short:8} {name}")
+        if short == "differs":
+            print(textwrap.fill(said, 96, initial_indent=" " * 11, subsequent_indent=" " * 11))
+    print(f"{done} of {len(todo)} done")
+    return done < len(todo)
+
+
+if __name__ == "__main__":
+    import check  # not this module, __main__, but the one whose Differs the checks raise
+
+    try:
+        sys.exit(check.main(*sys.argv[1:2] or [""]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
