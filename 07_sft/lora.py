@@ -1,8 +1,8 @@
 """LoRA: a large model fine-tuned through two small matrices beside each of its large ones.
 
 What it teaches: what fine-tuning adds to a matrix has few directions, so it can be written as a
-product of two thin matrices: a hundredth of the numbers to train, to keep optimizer states for and
-to store; merged, it costs nothing.
+product of two thin matrices: some hundredths of the numbers to train, to keep optimizer states for
+and to store; merged, it costs nothing.
 
 Parent: none
 New: everything

@@ -272,8 +272,8 @@ def sft_loss(model, ids, mask, documents=None, total=None, hidden=None):
 
     Logits are made for these tokens only. hidden: a compiled model.hidden."""
     x = (hidden or model.hidden)(ids, documents=documents)[:, :-1]  # (B, T - 1, C)
-    wanted = mask[:, 1:]
-    if documents is not None:  # a document's first token does not follow from the one before
+    wanted = mask[:, 1:]  # nothing comes before a row's first token, so it never counts
+    if documents is not None:  # nor does a document's: it does not follow from the one before
         wanted = wanted & (documents[:, 1:] == documents[:, :-1])
     targets = ids[:, 1:][wanted]  # (N,)
     if not len(targets):
@@ -464,7 +464,8 @@ def gold_pairs(conversations, tokenizer, template, context_length):
 
 
 def validation(model, tokenizer, pairs):
-    """Mean loss in nats and bits per byte of the gold answers of gold_pairs."""
+    """Mean loss in nats and bits per byte of the gold answers of gold_pairs, less the token that
+    ends them: whether a model stops is for evaluate to see."""
     nats = sum(response_nats(model, pairs))
     size = sum(len(tokenizer.decode(response).encode()) for _, response in pairs)
     tokens = sum(len(response) for _, response in pairs)

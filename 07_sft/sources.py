@@ -104,7 +104,8 @@ def write_files(files):
 
 
 def with_template(model, name):
-    """(tokenizer, template, tokens added) of a model: what the template needs is added to it."""
+    """(tokenizer, template, tokens added) of a model. In place: its tokenizer, and its embedding
+    where that is too small, get the tokens that the template needs."""
     home = write_files(model.tokenizer_files)
     template = templates.choose(name, home)
     if template.name == "own":
