@@ -47,7 +47,7 @@ Why the fast version is fast, although it is Python:
 
 Four traps, each with a test. A space belongs to the word after it: a prompt that ends in a space
 ends in a token that no text has. GPT-2 cuts numbers anywhere, which hides arithmetic; GPT-4 takes
-digits in threes. GPT-2 spends a token on each space of indented code, GPT-4 one on the run. A
+digits in threes. Of indented code GPT-2's vocabulary has single spaces only, GPT-4's whole runs. A
 language that the training text lacked costs several tokens a character.
 
 Read `merge_words`, `Tokenizer._encode` and `_merge_block`; the rest is cutting and files.
@@ -210,11 +210,11 @@ def _count_chunk(path, splitter: Splitter, special: frozenset, start: int, end: 
 
 
 def merge_words(counts: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """The first `n_merges` merges of words that occur `counts[word]` times; fewer if spent.
+    """The first `n_merges` merges of words that occur `counts[word]` times, fewer if spent: the most
+    frequent pair (aaa holds aa twice), among equals that of the greater bytes.
 
     A word is a string with one character per token (256 + i is what merge i makes), so that a pair
-    is a string of two and a merge is a search for it.
-    """
+    is a string of two and a merge is a search for it."""
     words = [word if word.isascii() else word.encode().decode("latin-1") for word in counts]
     freqs = list(counts.values())
     pair_counts = defaultdict(int)

@@ -330,7 +330,7 @@ class GroupedQueryAttention(nn.Module):
     """Several query heads for each of n_kv_heads key and value heads (Ainslie et al. 2023).
 
     The cache holds 2 G D numbers a token, G / H of those of MultiHeadAttention. With n_kv_heads 1
-    it is multi-query attention (Shazeer 2019), with n_heads plain multi-head attention."""
+    it is multi-query attention (Shazeer 2019), with n_heads multi-head attention, rotated."""
 
     def __init__(self, d_model, n_heads, n_kv_heads, theta=10_000.0, kernel="plain"):
         super().__init__()
@@ -468,7 +468,7 @@ def sliding_window_attention(q, k, v, window, sinks=0, length=None, kernel="plai
 class SlidingWindowAttention(nn.Module):
     """Each token sees the last `window` tokens, itself among them (Mistral 7B), and the first
     `sinks` of the text, to which models send the attention that nothing in the window deserves
-    (Xiao et al. 2023). Through n layers news still travels n windows far.
+    (Xiao et al. 2023). Through n layers news goes n (window - 1) tokens far.
 
     The cache stays at sinks + window tokens of 2 G D numbers, however long the text. Rotary
     positions are those in the text; Xiao et al. count them within the cache, to go on beyond the
