@@ -210,8 +210,8 @@ def _count_chunk(path, splitter: Splitter, special: frozenset, start: int, end: 
 
 
 def merge_words(counts: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """The first `n_merges` merges of words that occur `counts[word]` times, fewer if spent: the most
-    frequent pair (aaa holds aa twice), among equals that of the greater bytes.
+    """The first `n_merges` merges of words that occur `counts[word]` times, fewer if spent: of the
+    most frequent pair (aaa holds aa twice), among equals that of the greater bytes.
 
     A word is a string with one character per token (256 + i is what merge i makes), so that a pair
     is a string of two and a merge is a search for it."""
