@@ -321,8 +321,8 @@ class RollingKVCache(KVCache):
     """Keys and values of the first `sinks` tokens and of a window: a stream of any length in
     constant memory (Xiao et al. 2023).
 
-    Every layer sees only these, also of a model without a window. Up to `chunk` tokens enter at
-    once; that many more slots keep what the first of them still sees. ValueError: no window."""
+    Every layer sees only these, whatever the model's windows. Up to `chunk` tokens enter at once, so
+    chunk - 1 more are kept, and `length` can go back by as many. ValueError: no window."""
 
     def __init__(
         self, config, batch_size=1, window=None, sinks=None, chunk=128, device="cpu",
