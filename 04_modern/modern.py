@@ -321,7 +321,7 @@ class RollingKVCache(KVCache):
     """Keys and values of the first `sinks` tokens and of a window: a stream of any length in
     constant memory (Xiao et al. 2023).
 
-    Every layer sees only these, whatever the model's windows. Up to `chunk` tokens enter at once, so
+    Every layer sees only these, whatever the model's windows. Up to `chunk` tokens enter at once:
     chunk - 1 more are kept, and `length` can go back by as many. ValueError: no window."""
 
     def __init__(
