@@ -40,9 +40,10 @@ def run(made, folder, timeout=300):
 if __name__ == "__main__":
     import nbformat
 
-    for path in sources():
-        if sys.argv[1:] and path.parent.name[:2] not in sys.argv[1:]:
-            continue
+    found = {path.parent.name[:2]: path for path in sources()}
+    if unknown := set(sys.argv[1:]) - found.keys():
+        sys.exit(f"error: there is no notebook {min(unknown)}: give some of {' '.join(found)}")
+    for path in [found[number] for number in sys.argv[1:] or found]:
         began = time.perf_counter()
         made = run(notebook(path), path.parent)
         nbformat.write(made, path.with_suffix(".ipynb"))

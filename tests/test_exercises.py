@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -141,3 +142,15 @@ def test_a_name_that_is_gone_is_said(tree):
     write(("def next_batch", "def following_batch"))
     code, out, _ = run(root, "03")
     assert code == 1 and "it is gone: the check looks for this name" in out
+
+
+def test_ctrl_c_says_where_it_was(tree):
+    root, write = tree
+    write(('is not either."""\n    ...', 'is not either."""\n    while True:\n        pass'))
+    command = [sys.executable, root / "tests" / "exercises" / "check.py", "3"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes) as process:
+        while "parameters" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "stopped in cross_entropy\n" and process.wait() == 130

@@ -102,7 +102,7 @@ def verdict(check, module, path):
 
 
 def main(number):
-    folder = stage(number)
+    folder = stage(number.zfill(2) if number else "")
     path = folder / "exercises.py"
     print(path.relative_to(ROOT))
     try:
@@ -118,7 +118,7 @@ def main(number):
         said = verdict(check, module, path)
         done += said == "done"
         short = said if said in ("done", "not yet") else "differs"
-        print(f"  {short:8} {name}")
+        print(f"  {short:8} {name}", flush=True)
         if short == "differs":
             print(textwrap.fill(said, 96, initial_indent=" " * 11, subsequent_indent=" " * 11))
     print(f"{done} of {len(todo)} done")
@@ -133,3 +133,7 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        where = [call.name for call in traceback.extract_tb(error.__traceback__)][-1]
+        print(f"stopped in {where}", file=sys.stderr)
+        sys.exit(130)
