@@ -102,7 +102,8 @@ def verdict(check, module, path):
 
 
 def main(number):
-    folder = stage(number.zfill(2) if number else "")
+    number = number.zfill(2) if number else ""
+    folder = stage(number)
     path = folder / "exercises.py"
     print(path.relative_to(ROOT))
     try:
