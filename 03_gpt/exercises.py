@@ -21,8 +21,9 @@ knows where its memory goes. Biases are on, the output layer is tied to the embe
 def cross_entropy(logits, targets):
     """The mean loss in nats: logits (B, T, V) float, targets (B, T) int64 to a scalar.
 
-    Without torch's cross_entropy or log_softmax. With logits of 1,000 it must be exact and finite:
-    exp(1000) is not, and in half precision exp(12) is not either."""
+    From exp, log and sums: without torch's cross_entropy, log_softmax and logsumexp. With logits of
+    1,000 it must be exact and finite, which exp(1000) is not, and with logits in bfloat16 as exact
+    as with the same ones in float32."""
     ...
 
 

@@ -194,7 +194,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`model(ids)`: logits (B, T, V). `model(ids, targets)`: the mean loss in nats, a scalar.
 
-    ids and targets: int64 (B, T) with T up to context_length."""
+    ids and targets: int64 (B, T) with T up to context_length. Untrained, it loses about log V."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 03: GPT, hands on
 #
-# A walk through `gpt.py` in the order of the file: ids, embeddings, blocks, logits, loss, a
-# training step, sampling. Nothing of the file is repeated here: the cells import it and look
-# inside. Have it open beside you. All of it takes some seconds on a CPU.
+# A walk through `gpt.py`: first a training step, as there has to be a model to look into; then ids,
+# the residual stream, attention, logits and loss, sampling. Nothing of the file is repeated here:
+# the cells import it and look inside. Have it open beside you.
 
 # %%
 # In a clone of the repository this finds the folder; elsewhere, as on Colab, it fetches one.
@@ -96,7 +96,8 @@ figure.tight_layout()
 # that of a cliff, a hundred times as long; clipped to 1 it moves the weights no further than any
 # other, and the next step goes on from where it was.
 #
-# A large run looks the same with other numbers. The curve of `make 03`, where there is one:
+# A longer run. Held-out loss falls behind as the text is seen again. Of `make 03`, where it has
+# run:
 
 # %%
 if (latest / "metrics.jsonl").exists():
@@ -121,8 +122,10 @@ print(f"{tuple(ids.shape)}: {' | '.join(names)}")
 # %% [markdown]
 # ## The residual stream
 #
-# Each block adds to a stream of T vectors. Hooks show how much each of its two halves adds: the
-# deeper, the less a single block changes what is there, in proportion.
+# Each block adds to a stream of T vectors. Hooks show how long they are, and what each half of a
+# block adds. Embeddings start small (std 0.02), and each half sees the stream normalised, so that
+# nothing holds its length down: in the model of `make 03` the MLP of block 0 writes nearly all of
+# it, and what comes after adds a tenth or a fifth.
 
 # %%
 sizes = {}
@@ -155,8 +158,8 @@ figure.tight_layout()
 # ## Attention maps
 #
 # Row: the token that looks. Column: the token it looks at. White above the diagonal is the causal
-# mask. In a trained model look for heads that look one token back, at the beginning, or at the
-# same letter.
+# mask. Some heads look at one token whatever comes, such as the first or the colon after a name;
+# others at few tokens each, which differ. In larger models some also look just one token back.
 
 
 # %%

@@ -13,7 +13,8 @@ from scaling import IGNORE, TransformerConfig, TransformerLM, clip_gradients
 bytes_held = None
 """How many bytes do weights, gradients and optimizer states take together, in a run of
 TransformerConfig(vocab_size=1000, context_length=64, d_model=64, n_layers=2, n_heads=4,
-n_kv_heads=2, d_ff=192, qk_norm=False) with TrainConfig(optimizer="muon", state_dtype="bfloat16")?
+n_kv_heads=2, d_ff=192, qk_norm=False), whose output layer is tied to the embedding, with
+TrainConfig(optimizer="muon", state_dtype="bfloat16")?
 
 An int, worked out on paper for the Trainer of this stage on one CPU: weights and gradients are
 float32. Count tensors only, and all of them: those that Muon moves, and those that it leaves to

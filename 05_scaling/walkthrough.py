@@ -173,11 +173,12 @@ figure.tight_layout()
 # %% [markdown]
 # ## Muon: every direction counts
 #
-# A few directions hold most of the gradient of a weight matrix, and a step along it learns little
-# in all the others. Muon brings all singular values to about 1, with five steps of a polynomial and
-# no SVD. On the left the gradient of one matrix, on the right what the steps do to a singular value
-# of any size: one of a hundredth needs four or five of them, one far below a thousandth stays
-# small, and none comes to exactly 1 (grey: 0.7 to 1.2), which does no harm.
+# The directions of a weight matrix's gradient are far from equal: a third of them hold nine tenths
+# of its square, and a step along it learns little in all the others. Muon brings all singular
+# values to about 1, with five steps of a polynomial and no SVD. On the left the gradient of one
+# matrix, on the right what the steps do to a singular value of any size: one of a hundredth needs
+# four or five of them, one far below a thousandth stays small, and none comes to exactly 1 (grey:
+# 0.7 to 1.2), which does no harm.
 
 # %%
 name = f"blocks.{len(model.blocks) - 1}.mlp.down.weight"
@@ -197,17 +198,18 @@ right.axhspan(0.7, 1.2, color="grey", alpha=0.2)
 right.set(xlabel="singular value, over the norm", ylabel="afterwards")
 right.legend(title="steps")
 figure.tight_layout()
-half = (before.square().cumsum(0) / before.square().sum() < 0.9).sum() + 1
-print(f"{tuple(gradient.shape)}: 90% of the gradient's square is in {half} of {len(before)} values")
+most = (before.square().cumsum(0) / before.square().sum() < 0.9).sum() + 1
+print(f"{tuple(gradient.shape)}: 90% of the gradient's square is in {most} of {len(before)} values")
 print(f"after 5 steps they are between {after.min():.2f} and {after.max():.2f}")
 
 # %% [markdown]
 # ## GaLore: as few directions as will do
 #
-# The same fact, used the other way round: if most of a gradient lies in a few directions, Adam's
-# states need no more. GaLore finds them by an SVD every 200 steps, and in between projects other
-# batches' gradients on old directions. How much of a gradient is left, by rank? What lies between
-# the curves belongs to one batch alone: the smaller the batches and the better the model, the more.
+# The same fact, used the other way round: if much of a gradient lies in some of the directions,
+# Adam's states need no more. GaLore finds them by an SVD every 200 steps, and in between projects
+# other batches' gradients on old directions. How much of a gradient is left, by rank? What lies
+# between the curves belongs to one batch alone: the smaller the batches and the better the model,
+# the more.
 
 # %%
 ranks = range(1, min(gradient.shape))
@@ -279,7 +281,7 @@ figure.tight_layout()
 # ## Mixed precision: what two bytes lose
 #
 # Both formats have 16 bits. float16 spends them on digits and has no room for small numbers: what
-# is below 6e-8 becomes 0, what is below 6e-5 has fewer digits. bfloat16 has float32's range and 3
+# is below 3e-8 becomes 0, what is below 6e-5 has fewer digits. bfloat16 has float32's range and 3
 # digits. So float16 needs its loss multiplied before the backward pass, and its gradients divided
 # after it, before anything looks at their size (exercise 3); bfloat16 needs neither. In the model
 # of `make 05` the hump on the left is of the embedding: rows of ids that are not in the batch.
@@ -348,7 +350,9 @@ for micro in (16, 8, 5, 1):
 # A run of 60 steps; another is saved after 30, goes on for 5 and is lost; a third begins from what
 # was saved. With everything in the checkpoint it has the losses of the first run, bit for bit,
 # although there is dropout. The rest of the lines have forgotten one thing each. None of these runs
-# stops or complains, which is why people find out late.
+# stops or complains, which is why people find out late. (Without the optimizer's states this run
+# happens to do a little better: Muon's momentum of 0.95 is learned anew in some 20 steps, and 60
+# say little about it.)
 
 # %%
 scratch = OUT / "05_scaling" / "walkthrough"
@@ -439,7 +443,8 @@ figure.tight_layout()
 # The same on paper for a model of 1.1 billion parameters on a card of 24 GB, 16 sequences of 1,024
 # tokens at once (`python run.py plan` has all of it). On the left what each part of the trainer
 # saves, one after another, beginning with all 512 sequences of a step at once; on the right the
-# moments of a step with all of them. Left of the dotted line it fits.
+# moments of a step with all of them. Left of the dotted line it fits: 22.5 GiB less what CUDA
+# itself takes and what is lost between tensors. Only Muon brings it there.
 
 # %%
 billion = TransformerConfig(50304, 1024, d_model=2048, n_layers=20, n_heads=16, d_ff=5632)
@@ -465,7 +470,8 @@ def stack(axes, rows):
             start += size / planner.GIB
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    axes.axvline(planner.DEVICES["rtx3090"]["memory"], color="k", linestyle=":")
+    room = planner.DEVICES["rtx3090"]["memory"] * planner.GIB - planner.CONTEXT
+    axes.axvline(room / planner.FRAGMENTS / planner.GIB, color="k", linestyle=":")
     axes.set(xlabel="GiB")
 
 
@@ -524,7 +530,9 @@ for i, n in enumerate(sorted({r["N"] for r in points})):
     left.plot([r["D"] for r in mine], [r["loss"] for r in mine], f"C{i}o", label=f"N = {n:,}")
     d = np.geomspace(mine[0]["D"], mine[-1]["D"], 30)
     left.plot(d, sweep.predict(law, n, d), f"C{i}-")
-left.set(xscale="log", xlabel="tokens D", ylabel="held out (nats per token)", title="points, law")
+unit = "token" if (done / "law.json").exists() else "byte"
+left.set(xscale="log", xlabel=f"{unit}s D", ylabel=f"held out (nats per {unit})")
+left.set(title="points, law")
 left.minorticks_off()
 left.set_xticks(budgets := sorted({r["D"] for r in points}), [f"{d:,}" for d in budgets])
 left.legend(fontsize=8)
@@ -547,7 +555,9 @@ figure.tight_layout()
 
 # %% [markdown]
 # Each valley has one best size: left of it the model is too small for its tokens, right of it there
-# are too few tokens for the model. It is flat: a factor of two in N costs little.
+# are too few tokens for the model. It is flat: a factor of two in N costs little. The recorded law
+# was fitted to models of up to a million parameters on up to a million tokens: all three points are
+# beyond what it has seen, the last by a factor of 30.
 #
 # ## Now you
 #

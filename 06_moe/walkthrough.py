@@ -366,15 +366,17 @@ figure.tight_layout()
 # ## The model: collapse, and two cures
 #
 # What the three models did while they were trained. Each band is an expert's share of the choices.
-# Without balancing the expert that is ahead at the start is chosen more, so learns more, so is
-# chosen more. The Switch loss, in `auxiliary()`, pulls on the router's probabilities. The bias of
-# Wang et al. is nudged after each step and has no gradient: at 0.01 a step it takes some dozens of
-# steps to outweigh a probability of 0.5, overshoots and settles.
+# Without balancing one expert gets ahead within ten or twenty steps, seldom the one that had most
+# at first: who is chosen learns, and is chosen more. The Switch loss, in `auxiliary()`, pulls on
+# the router's probabilities. The bias of Wang et al. is nudged after each step and has no
+# gradient: at 0.01 a step it takes some dozens of steps to outweigh a probability of 0.5,
+# overshoots and settles.
 #
 # Below: the loss hides all of it. In so few steps the collapsed model is hardly behind, as its one
-# expert has seen all of the text and each of eight an eighth. The balance loss shows it: 1 is even,
-# and 8 is where one of 8 experts gets everything and the router is sure of it. (With the bias it is
-# only watched; below 1 the bias sends tokens where the router's own probabilities are low.)
+# expert has seen all of the text and each of eight an eighth. The balance loss shows it: 1 is
+# even, and 8 is where one of 8 experts gets everything and the router is sure of it. (With the
+# bias it is only watched; below 1 the bias sends tokens where the router's own probabilities are
+# low.)
 
 # %%
 figure, axes = plt.subplots(3, 3, figsize=(9.5, 6.5))

@@ -165,6 +165,7 @@ def embed(edges, n_nodes, dim, geometry, epochs=60, settings=None, negatives=256
         pair = at_u[:, None], at_v.view(*v.shape, -1)  # (B, 1, D), (B, A, D)
         near = (pair[0] - pair[1]).norm(dim=-1) if flat else distance(*pair)  # (B, A)
         gap = gaps(at_u, at_w, geometry)  # (B, M)
+        # acosh is poor near 1, as gaps says: where negatives are so near it does not matter.
         far = gap.clamp(min=TINY).sqrt() if flat else gap.clamp(min=1 + 1e-12).acosh()
         others = (-sharpness * far - bar).logsumexp(1, keepdim=True)  # (B, 1)
         losses = torch.nn.functional.softplus(others + sharpness * near)[v != u[:, None]]

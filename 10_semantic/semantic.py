@@ -195,12 +195,12 @@ def contrast_loss(lm, expected, concepts):
     concepts (B, L, D) and what is expected after all but the last of each row, (B, L - 1, 2 K). The
     others are the lines of the other rows: those of the same row are on the same topic, and to tell
     them apart would teach to forget it."""
-    B, L, _ = expected.shape
-    scores = lm.scores(expected.flatten(0, 1), concepts[:, 1:].flatten(0, 1))  # (B (L-1), same)
-    row = torch.arange(B, device=scores.device).repeat_interleave(L)
-    others = (row[:, None] == row).fill_diagonal_(False)
-    targets = torch.arange(B * L, device=scores.device)
-    return F.cross_entropy(scores.masked_fill(others, -math.inf), targets)
+    B, n, _ = expected.shape  # n = L - 1
+    scores = lm.scores(expected.flatten(0, 1), concepts[:, 1:].flatten(0, 1))  # (B n, B n)
+    row = torch.arange(B, device=scores.device).repeat_interleave(n)
+    beside = (row[:, None] == row).fill_diagonal_(False)  # other lines of the same row
+    targets = torch.arange(B * n, device=scores.device)
+    return F.cross_entropy(scores.masked_fill(beside, -math.inf), targets)
 
 
 class Regression(nn.Module):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_the_report(tree):
     assert code == 1 and "0 of 5 done" in out and out.count("not yet") == 3
     write(
         ("parameters = None", "parameters = 60_960"),
-        ('is not either."""\n    ...', 'is not either."""\n    return logits.mean() + nothing'),
+        ('in float32."""\n    ...', 'in float32."""\n    return logits.mean() + nothing'),
         ("return windows[:, 1:], windows[:, 1:]", "return windows[:, :-1], windows[:, 1:]"),
     )  # fmt: skip
     code, out, err = run(root, "03")
@@ -146,11 +147,12 @@ def test_a_name_that_is_gone_is_said(tree):
 
 def test_ctrl_c_says_where_it_was(tree):
     root, write = tree
-    write(('is not either."""\n    ...', 'is not either."""\n    while True:\n        pass'))
+    write(('in float32."""\n    ...', 'in float32."""\n    while True:\n        pass'))
     command = [sys.executable, root / "tests" / "exercises" / "check.py", "3"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **pipes) as process:
         while "parameters" not in process.stdout.readline():
             assert process.poll() is None
+        time.sleep(1)  # by then it is in the one after that
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "stopped in cross_entropy\n" and process.wait() == 130

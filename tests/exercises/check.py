@@ -36,13 +36,19 @@ def same(got, wanted, hint, tolerance=1e-5):
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
             one, other = got[at].item(), wanted[at].item()
-            raise Differs(f"{one:.6g} at {list(at)}, not {other:.6g}. Hint: {hint}")
+            where = f" at {list(at)}" if at else ""
+            raise Differs(f"{one:.6g}{where}, not {other:.6g}. Hint: {hint}")
     elif isinstance(wanted, float):
+        if isinstance(got, torch.Tensor) and got.numel() == 1:
+            got = got.item()
         if not isinstance(got, (int, float)) or isinstance(got, bool):
             raise Differs(f"got {got!r}, not a number. Hint: {hint}")
         if not abs(got - wanted) <= tolerance * max(1.0, abs(wanted)):
             raise Differs(f"got {got:.6g}. Hint: {hint}")
-    elif type(got) is not type(wanted) or got != wanted:
+    elif type(got) is not type(wanted):
+        kinds = f"a {type(got).__name__}: a {type(wanted).__name__} is asked for"
+        raise Differs(f"got {got!r}, {kinds}. Hint: {hint}")
+    elif got != wanted:
         raise Differs(f"got {got!r}. Hint: {hint}")
 
 
@@ -114,14 +120,18 @@ def main(number):
         )
         why = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
         raise ValueError(f"{path.relative_to(ROOT)} cannot be read, line {line}: {why}") from None
-    done, todo = 0, checks(number)
-    for name, check in todo.items():
-        said = verdict(check, module, path)
-        done += said == "done"
-        short = said if said in ("done", "not yet") else "differs"
-        print(f"  {short:8} {name}", flush=True)
-        if short == "differs":
-            print(textwrap.fill(said, 96, initial_indent=" " * 11, subsequent_indent=" " * 11))
+    done, todo, name = 0, checks(number), ""
+    try:
+        for name, check in todo.items():
+            said = verdict(check, module, path)
+            done += said == "done"
+            short = said if said in ("done", "not yet") else "differs"
+            print(f"  {short:8} {name}", flush=True)
+            if short == "differs":
+                print(textwrap.fill(said, 96, initial_indent=" " * 11, subsequent_indent=" " * 11))
+    except KeyboardInterrupt:
+        print(f"stopped in {name}", file=sys.stderr)
+        return 130
     print(f"{done} of {len(todo)} done")
     return done < len(todo)
 
@@ -134,7 +144,3 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        where = [call.name for call in traceback.extract_tb(error.__traceback__)][-1]
-        print(f"stopped in {where}", file=sys.stderr)
-        sys.exit(130)

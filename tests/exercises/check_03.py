@@ -20,6 +20,9 @@ def cross_entropy(answer):
     hint = "take the largest logit off before exp and add it afterwards, as logsumexp does"
     same(answer(1000 * logits, targets), gpt.cross_entropy(1000 * logits, targets), hint)
     same(answer(-1000 * logits, targets), gpt.cross_entropy(-1000 * logits, targets), hint)
+    half = logits.bfloat16()
+    hint = "in 16 bits the sum loses digits: first float()"
+    same(answer(half, targets).float(), gpt.cross_entropy(half, targets), hint)
 
 
 def next_batch(answer):
@@ -27,7 +30,11 @@ def next_batch(answer):
     for _ in range(5):
         ids, targets = answer(tokens, 4, 8)
         if ids.shape != (4, 8) or targets.shape != (4, 8):
-            raise Differs(f"the shapes are {tuple(ids.shape)} and {tuple(targets.shape)}")
+            shapes = f"{tuple(ids.shape)} and {tuple(targets.shape)}"
+            raise Differs(
+                f"the shapes are {shapes}. Hint: a window has context_length + 1 tokens: all but "
+                "the last, and all but the first"
+            )
         if torch.equal(ids, targets):
             raise Differs(
                 "ids and targets are equal: the model learns to copy its input. Hint: "
@@ -46,11 +53,17 @@ def wsd_schedule(answer):
         hint = f"at step {step} of 100, with 10 of warm-up and 20 of decay from 1 to 0.1, it is "
         same(got, marks[step], hint + f"{marks[step]}")
     same(answer(75, 2.0, 0.0, 10, 100, decay_share=0.5), 1.0, "decay_share moves where it falls")
+    same(answer(0, 1.0, 0.1, 0, 100), 1.0, "without warm-up it begins at max_lr")
 
 
 def loss_before_training(answer):
     loss, letter = answer()
     if loss is None or letter is None:
         raise Differs("loss or letter is open. Hint: model(ids, targets).item()")
-    same(float(loss), 6.25, "model(ids, targets) is the mean loss in nats", tolerance=0.02)
+    same(
+        loss.item() if torch.is_tensor(loss) else loss,
+        6.25,
+        "model(ids, targets) is the mean loss in nats",
+        tolerance=0.02,
+    )
     same(letter, "b", "compare the loss with log(64), log(512) and half of that")

@@ -136,8 +136,9 @@ def to_8_bits(answer):
         """What codes and scales say, after a look at their form."""
         given = x.clone()
         found = answer(given, block)
-        if not (isinstance(found, tuple) and len(found) == 2 and all(map(torch.is_tensor, found))):
-            raise Differs("it returns two tensors, (codes, scales)")
+        pair = isinstance(found, (tuple, list)) and len(found) == 2
+        if not pair or not all(map(torch.is_tensor, found)):
+            raise Differs("it is to return two tensors, (codes, scales)")
         codes, scales = found
         if not torch.equal(given, x):
             raise Differs("the input has changed")

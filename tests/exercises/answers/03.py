@@ -8,6 +8,7 @@ parameters = 1000 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
 
 
 def cross_entropy(logits, targets):
+    logits = logits.float()  # bfloat16 would lose digits
     logits = logits - logits.max(-1, keepdim=True).values  # (B, T, V)
     chosen = logits.gather(-1, targets[..., None]).squeeze(-1)  # (B, T)
     return (logits.exp().sum(-1).log() - chosen).mean()
@@ -40,6 +41,12 @@ def overflows(logits, targets):
     return (logits.exp().sum(-1).log() - chosen).mean()
 
 
+def in_half_precision(logits, targets):
+    logits = logits - logits.max(-1, keepdim=True).values
+    chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
+    return (logits.exp().sum(-1).log() - chosen).mean()
+
+
 def never_the_last(tokens, batch_size, context_length):
     starts = torch.randint(len(tokens) - context_length - 1, (batch_size,))
     windows = torch.stack([tokens[start : start + context_length + 1] for start in starts])
@@ -48,7 +55,11 @@ def never_the_last(tokens, batch_size, context_length):
 
 WRONG = {
     "parameters": [parameters + 1000 * 32, parameters - 64 * 32, float(parameters)],
-    "cross_entropy": [overflows, lambda logits, targets: cross_entropy(logits, targets) * 6],
+    "cross_entropy": [
+        overflows,
+        in_half_precision,
+        lambda logits, targets: cross_entropy(logits, targets) * 6,
+    ],
     "next_batch": [never_the_last],
     "wsd_schedule": [
         lambda *args, decay_share=0.2: lr_schedule(*args),
