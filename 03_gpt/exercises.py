@@ -64,8 +64,8 @@ def loss_before_training():
     torch.manual_seed(0), take get_batch of 16 windows from tokens that are drawn evenly from all
     ids, and return (loss, letter): the loss in nats as a float and the letter that explains it.
 
-    a. log(d_model): each channel guesses for itself
-    b. log(vocab_size): small weights make small logits, so that every id is about as likely
+    a. log(vocab_size): small weights make small logits, so that every id is about as likely
+    b. log(d_model): each channel guesses for itself
     c. half of log(vocab_size): the tied embedding recognises half of the ids
 
     A first loss far above this says that the initialisation is wrong, before an hour is spent."""

@@ -94,15 +94,14 @@ def kl_as_a_loss():
     gradient of an id's estimate, weighted by how likely the id is drawn. A draw passes no gradient
     on: as far as backward() knows the weights are constants.
 
-    Return (distance, letter). distance: how far the gradient so made of k3, the estimate of
-    grpo_loss, is from that of the exact KL(policy || reference), the sum over ids of p (log p -
+    Return (distance, letter). distance: how far the gradient so made of k3, the estimate that
+    grpo_loss uses, is from that of the exact KL(policy || reference), the sum over ids of p (log p -
     log q): the length of their difference over the length of the latter, a float. And the letter of
-    what is true of the three (measure the other two as well):
+    what is true of k2 (measure the other two as well):
 
-    a. k1's is that of KL(policy || reference), as k1 has the right mean; k2's is off a little; k3's
-       is that of k1, as both have the same mean
-    b. k1's is 0; k2's is that of KL(policy || reference); k3's is that of KL(reference || policy)
-    c. k1's is 0; k3's is that of KL(policy || reference); k2's is half of it
+    a. k2's is that of KL(policy || reference) but off a little, as the mean of k2 is
+    b. k2's is that of KL(policy || reference), although the mean of k2 is off
+    c. k2's is half of that of KL(policy || reference), as k2 is half a square
 
     What is right as a number is not yet right as a loss."""
     torch.manual_seed(0)

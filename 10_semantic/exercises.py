@@ -12,10 +12,11 @@ from semantic import Autoencoder, ConceptConfig
 # ---- 1. Predict
 
 choices = None
-"""A batch has rows (8, 32, D): concepts of 8 windows of 32 lines. From how many lines, the true one
-counted, does contrast_loss(lm, lm(rows[:, :-1]), rows) tell each next line? An int. Its logarithm
-is the loss of a model that knows nothing: a first loss far from it says that something is masked
-that should not be, or the other way round."""
+"""A batch has rows (8, 32, D): concepts of 8 windows of 32 lines. Among how many lines, the true
+one counted, does contrast_loss(lm, lm(rows[:, :-1]), rows) find each next line? An int. Its
+logarithm is the loss of a model that scores all lines alike. An untrained one is above it, as its
+scores differ by chance; one that stays there has learned nothing; and one that is far below it
+within a few steps sees something that it should not."""
 
 
 # ---- 2. Fill in

@@ -114,9 +114,10 @@ for text, row in zip(learnt.text[:3], ids):
 # ## The training step, without what surrounds it
 #
 # Two losses at once, as in `concept_study.py`. The decoder tells some of the lines back from their
-# concepts. The contrast tells the line that comes next from those of the other windows: it starts
-# at the logarithm of how many there are (exercise 1), and it has to shape the concepts as well, or
-# these would say how a line is spelt and nothing about where it belongs.
+# concepts. The contrast tells the line that comes next from those of the other windows: it begins
+# above the logarithm of how many there are (dotted, exercise 1), as scores differ by chance, and
+# has learned something only below it. It has to shape the concepts as well, or these would say how
+# a line is spelt and nothing about where it belongs.
 
 # %%
 config = ConceptConfig(
@@ -415,10 +416,11 @@ figure.tight_layout()
 # ## A tree in a plane
 #
 # The exceptions of Python, each below its bases, but for those that hang on the top alone: put in
-# your own `labels` and `parents`. Every node is pulled to its ancestors and pushed from the others,
-# in flat space and in the disc, both in two dimensions. In the disc branches have parts of the rim
-# to themselves; in the plane they crowd. A MAP of 1 says that the ancestors of every node are the
-# nodes nearest to it.
+# your own `labels` and `parents`. Every node is pulled to its ancestors and pushed from the
+# others, in flat space and in the disc, both in two dimensions. In the disc nearly every node
+# finds room at the rim, and most branches keep together; the largest is scattered over it, and
+# still its nodes are nearest to their ancestors. In the plane they crowd. A MAP of 1 says that the
+# ancestors of every node are the nodes nearest to it.
 
 # %%
 kinds = [kind for kind in TYPES.values() if issubclass(kind, BaseException)]
@@ -523,7 +525,7 @@ else:
 #
 # The point at each byte says how uncertain the model was of *that* byte, before it saw it. Above
 # the dashed line a new patch begins (they alternate in colour). Most begin with a word; the rest of
-# it is nearly given by then.
+# it is easier (mostly 2 to 4 bits: this guesser is small).
 
 # %%
 windows = text[:50_000].unfold(0, context, context)  # (N, T)

@@ -85,9 +85,9 @@ def passes_saved():
     and why the server gains nearly as much in time where memory is slower than arithmetic:
 
     a. a pass over eight streams does an eighth of the arithmetic, as streams share their tokens
-    b. a pass reads all weights once, for one stream or for eight, and reading them is most of its
+    b. the eight prompts share pages of the cache, so that seven of them need not be read
+    c. a pass reads all weights once, for one stream or for eight, and reading them is most of its
        time
-    c. the eight prompts share pages of the cache, so that seven of them need not be read
 
     `answer` answers prompts that are all there before the first pass; counts["passes"] counts."""
     torch.manual_seed(0)

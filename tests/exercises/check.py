@@ -45,6 +45,9 @@ def same(got, wanted, hint, tolerance=1e-5):
             raise Differs(f"got {got!r}, not a number. Hint: {hint}")
         if not abs(got - wanted) <= tolerance * max(1.0, abs(wanted)):
             raise Differs(f"got {got:.6g}. Hint: {hint}")
+    elif isinstance(wanted, str) and isinstance(got, str):  # a letter
+        if got.strip("(). ").lower() != wanted:
+            raise Differs(f"got {got!r}. Hint: {hint}")
     elif type(got) is not type(wanted):
         kinds = f"a {type(got).__name__}: a {type(wanted).__name__} is asked for"
         raise Differs(f"got {got!r}, {kinds}. Hint: {hint}")

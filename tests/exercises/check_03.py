@@ -66,4 +66,4 @@ def loss_before_training(answer):
         "model(ids, targets) is the mean loss in nats",
         tolerance=0.02,
     )
-    same(letter, "b", "compare the loss with log(64), log(512) and half of that")
+    same(letter, "a", "compare the loss with log(64), log(512) and half of that")

@@ -22,7 +22,8 @@ def pushes(answer):
     hints = (
         "in the first step nothing is clipped; the derivative of the ratio by log_prob is the "
         "ratio, and the advantage stands before it",
-        "1.25 is above 1 + clip, and which of the two bounds is that of a good token?",
+        "1.25 is above 1 + clip, but clip_high bounds a good token: nothing is clipped, and "
+        "the push is ratio times advantage (the derivative of the ratio by log_prob is the ratio)",
         "1.25 is too high for a bad token: the smaller of the two is the one that is not clipped",
         "beyond the bound in the direction in which it is pushed",
         "a token that has gone the wrong way is never left there: min, not clamp",
@@ -61,12 +62,16 @@ def group_advantages(answer):
         for options in ({}, dict(normalize_by_std=False), dict(eps=0.5)):
             got = _advantages(answer, rewards, group_size, **options)
             wanted = rlhf.group_advantages(rewards, group_size, **options)
-            same(got, wanted, f"group_size {group_size} and {options or 'the defaults'}")
+            how = f"group_size {group_size} and {options or 'the defaults'}"
+            same(got, wanted, f"{how}; eps is added to the deviation, not under the root")
     equal = torch.cat([torch.rand(50).repeat_interleave(7), torch.tensor([0.1] * 7 + [5.0] * 7)])
     if (off := _advantages(answer, equal, 7).abs().max()) != 0:
         why = "a mean of seven equal floats is not always quite their value"
         raise Differs(f"in groups of equal rewards up to {off:.2g}. Hint: {why}")
     same(_advantages(answer, [0.0] * 4, 4), torch.zeros(4), "equal rewards: 0 over eps is 0")
+    hint = "a small spread is a spread: only equal rewards leave nothing to choose"
+    got = _advantages(answer, [0.5, 0.5001, 0.5002], 3, eps=0.0)
+    same(got, torch.tensor([-1.0, 0.0, 1.0]), hint, 1e-2)
     for rewards, hint in (
         ([1.0, 0.0, NAN, 1.0, 3.0, 5.0], "a NaN is in none of mean and deviation, n is without it"),
         ([NAN, NAN, 4.0, 2.0, 0.0, 1.0], "one reply alone in its group: 0"),
@@ -187,16 +192,19 @@ def gspo_loss(answer):
     start = torch.zeros(5, 2).double()
     loss, beyond, gradient = _gspo(answer, steps.double(), start, advantages, mask)
     gains = [math.exp(3.5e-4), 1 + 4e-4, -math.exp(-2.5e-4), -(1 - 3e-4)]
-    hint = "four replies and one without a token, with the clips as they are by default"
-    same(1e4 * loss, -1e4 * sum(gains) / 4, hint, 1e-6)
-    same(beyond, 0.5, "this is the clip fraction with " + hint)
+    hint = "four replies and one without a token: it counts in neither mean (the clips are the "
+    hint += "defaults"
+    same(1e4 * loss, -1e4 * sum(gains) / 4, f"{hint}; these are 10,000 times the loss)", 1e-6)
+    same(beyond, 0.5, f"{hint}; this is the clip fraction)")
     if gradient[4].any() or not torch.isfinite(gradient).all():
         raise Differs("a reply without a token has a gradient, or there is one that is not finite")
     for nobody in (mask[4:], mask[4:].expand(3, 2)):
         n = len(nobody)
         loss, beyond, gradient = _gspo(answer, start[:n] - 1, start[:n], advantages[:n], nobody)
         if loss != 0 or beyond != 0 or gradient.any():
-            raise Differs(f"no reply has a token: {loss} and {beyond}, both should be 0")
+            raise Differs(
+                f"no reply has a token: {loss} and {beyond}, not 0 and 0. Hint: clamp the count"
+            )
 
 
 def kl_as_a_loss(answer):

@@ -113,4 +113,4 @@ def passes_saved(answer):
     if ratio is None or letter is None:
         raise Differs("ratio or letter is open. Hint: read the counter before and after")
     same(float(ratio), 8.0, "each answer of 20 tokens takes 20 passes, alone or with others")
-    same(letter, "b", "what does a pass have to read, however many tokens are in it?")
+    same(letter, "c", "what does a pass have to read, however many tokens are in it?")
