@@ -95,9 +95,9 @@ def kl_as_a_loss():
     on: as far as backward() knows the weights are constants.
 
     Return (distance, letter). distance: how far the gradient so made of k3, the estimate that
-    grpo_loss uses, is from that of the exact KL(policy || reference), the sum over ids of p (log p -
-    log q): the length of their difference over the length of the latter, a float. And the letter of
-    what is true of k2 (measure the other two as well):
+    grpo_loss uses, is from that of the exact KL(policy || reference), the sum over ids of
+    p (log p - log q): the length of their difference over the length of the latter, a float. And
+    the letter of what is true of k2 (measure the other two as well):
 
     a. k2's is that of KL(policy || reference) but off a little, as the mean of k2 is
     b. k2's is that of KL(policy || reference), although the mean of k2 is off

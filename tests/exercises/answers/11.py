@@ -77,7 +77,7 @@ def counted(together, alone):
 
 
 def passes_saved():
-    return counted(lambda prompts: [prompts], lambda prompts: [[p] for p in prompts]), "b"
+    return counted(lambda prompts: [prompts], lambda prompts: [[p] for p in prompts]), "c"
 
 
 def by_sign(logits, sampling, prompt, answer):
@@ -180,8 +180,8 @@ WRONG = {
     "typical_probs": [nucleus, with_nan, one_too_few, not_renormalised],
     "passes_saved": [
         lambda: (8.0, "a"),
-        lambda: (8.0, "c"),
-        lambda: (1.0, "b"),
-        lambda: (7.5, "b"),
+        lambda: (8.0, "b"),
+        lambda: (1.0, "c"),
+        lambda: (7.5, "c"),
     ],
 }
