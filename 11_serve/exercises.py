@@ -44,8 +44,9 @@ def until_stop(pieces, stop):
     """Yield the text of pieces, an iterable of str, as soon as it can be told, and end before
     `stop`.
 
-    What may be the beginning of `stop` is held back until it is known not to be. With most stop
-    strings it does what it should. A user has noticed that "aab" sometimes does not stop."""
+    What may be the beginning of `stop` is held back until it is known not to be, and no piece is
+    taken after it. With most stop strings this does what it should. A user has noticed that "aab"
+    sometimes does not stop."""
     held = ""
     for piece in pieces:
         held += piece

@@ -51,10 +51,14 @@ def until_stop(answer):
             for piece in pieces:
                 fed += piece
                 yield piece
-                if stop not in fed:
-                    begun = [n for n in range(1, len(stop)) if fed.endswith(stop[:n])]
-                    want = fed[: len(fed) - max(begun, default=0)]
-                    lag.append(len(want) - len(text))
+                if stop in fed:
+                    raise Differs(
+                        f"pieces {pieces} with stop {stop!r}: another piece is taken when the stop "
+                        "string is there. Hint: each one is a pass of the model for nobody"
+                    )
+                begun = [n for n in range(1, len(stop)) if fed.endswith(stop[:n])]
+                want = fed[: len(fed) - max(begun, default=0)]
+                lag.append(len(want) - len(text))
 
         for told in answer(feed(), stop):
             text += told
@@ -70,6 +74,7 @@ def until_stop(answer):
         (["abc", "", "def"], "x", "abcdef"),
         (["one STOP two"], "STOP", "one "),
         (["STOP"], "STOP", ""),
+        (["one STOP two STOP three"], "STOP", "one "),
         (["a", "a"], "aab", "aa"),
     ]
     for pieces, stop, wanted in cases:
@@ -93,6 +98,9 @@ def typical_probs(answer):
         wanted = torch.zeros(5)
         wanted[kept] = probs[kept] / probs[kept].sum()
         same(answer(probs.log(), mass), wanted, f"mass {mass}: {hint}")
+    for mass in (0.0, 1e-9):
+        wanted = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
+        same(answer(probs.log(), mass), wanted, f"mass {mass}: at least one token is kept")
     same(answer(probs.log() + 50, 0.999), probs, "logits need not be normalised")
     holes = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf])
     wanted = torch.tensor([0.5, 0.0, 0.5, 0.0])

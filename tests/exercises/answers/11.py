@@ -44,7 +44,9 @@ def typical_probs(logits, mass):
     off[probs == 0] = torch.inf
     order = off.argsort(stable=True)
     before = probs[order].cumsum(0) - probs[order]
-    keep = order[before < mass - 1e-6]  # the first always
+    inside = before < mass - 1e-6
+    inside[0] = True
+    keep = order[inside]
     kept = torch.zeros_like(probs)
     kept[keep] = probs[keep]
     return kept / kept.sum()
@@ -143,6 +145,30 @@ def forgets_the_rest(pieces, stop):
     yield from told[:-1]
 
 
+def from_the_right(pieces, stop):
+    told = ""
+    for piece in pieces:
+        told += piece
+        if stop in told:
+            yield told[: told.rindex(stop)]
+            return
+        n = max((n for n in range(1, len(stop)) if told.endswith(stop[:n])), default=0)
+        yield told[: len(told) - n]
+        told = told[len(told) - n :]
+    yield told
+
+
+def reads_on(pieces, stop):
+    pieces = iter(pieces)
+    yield from until_stop(pieces, stop)
+    for _ in pieces:
+        pass
+
+
+def none_kept(logits, mass):
+    return typical_probs(logits, mass) / (mass > 1e-6)
+
+
 def nucleus(logits, mass):
     probs, order = logits.softmax(-1).sort(descending=True)
     kept = probs * (probs.cumsum(0) - probs < mass - 1e-6)
@@ -176,12 +202,14 @@ def not_renormalised(logits, mass):
 WRONG = {
     "reused": [(64, 64, 0), (70, 63, 0), (64, 48, 96), (80, 48, 0), [64, 48, 0]],
     "penalise": [by_sign, each_time, prompt_too, copied],
-    "until_stop": [in_each_piece, all_at_the_end, holds_too_much, forgets_the_rest],
-    "typical_probs": [nucleus, with_nan, one_too_few, not_renormalised],
+    "until_stop": [
+        in_each_piece, all_at_the_end, holds_too_much, forgets_the_rest, from_the_right, reads_on,
+    ],
+    "typical_probs": [nucleus, with_nan, one_too_few, not_renormalised, none_kept],
     "passes_saved": [
         lambda: (8.0, "a"),
         lambda: (8.0, "b"),
         lambda: (1.0, "c"),
         lambda: (7.5, "c"),
     ],
-}
+}  # fmt: skip
