@@ -32,6 +32,7 @@ sys.path[:0] = [os.getcwd(), str(Path.cwd().parent)]
 # %%
 import json
 import random
+import re
 
 import figures
 import inputs
@@ -45,6 +46,7 @@ from trunk import TransformerConfig, TransformerLM
 from common import OUT
 
 torch.manual_seed(1)
+plt.rcParams["figure.dpi"] = 80
 sentence = "But soft, what light through yonder window breaks?"  # put in your own
 latest = OUT / "08_reward" / "latest"
 trained = (latest / "model.safetensors").exists()
@@ -59,8 +61,6 @@ trained = (latest / "model.safetensors").exists()
 # %%
 sizes = {} if trained else dict(longest=60, shortest_reply=30, longest_reply=60)
 learned, held_out = preferences.dataset(**sizes)
-if not trained:  # what a small model can learn in seconds
-    learned = [pair for pair in learned if pair["kind"] in preferences.CORRUPTED]
 print(f"{len(learned):,} pairs to learn from, {len(held_out):,} held out")
 for pair in held_out[:3]:
     print(f"\n--- chosen, and rejected: {pair['kind']}\n{pair['chosen']}\n---\n{pair['rejected']}")
@@ -78,7 +78,8 @@ figure.tight_layout()
 # ## The model
 #
 # The one that `make 08` has trained, if it has. If not, a small one on bytes is trained here for
-# some seconds, on corrupted replies only: enough to see everything, not enough to judge a speech.
+# some seconds, on shuffled and repeated words only, with a prompt that says nothing: enough to see
+# everything, not enough to judge a speech.
 
 # %%
 if trained:
@@ -92,31 +93,49 @@ else:
     tokenizer, template, _ = inputs.with_template(trunk, "chatml")
     model = reward.RewardModel(trunk)
 context = model.config.context_length
+go_on = [dict(role="user", content="Go on.")]
+
+
+def judge(pairs):
+    """The rewards that the model gives to both replies of each pair."""
+    examples, _ = reward.encode_all(pairs, tokenizer, template, context)
+    return reward.evaluate(examples, reward.score(model, examples), pairs)
+
+
+def easy(pairs):
+    """What a small model can learn in seconds."""
+    return [p | dict(prompt=go_on) for p in pairs if p["kind"] in ("repeated", "shuffled")]
+
+
+def same_end(pair):
+    """The pair with the rejected reply ending as the chosen one does, in the same stop."""
+    end = re.search(r"\W*$", pair["chosen"])[0]
+    return pair | dict(rejected=re.sub(r"\W*$", "", pair["rejected"]) + end)
+
 
 # %% [markdown]
 # ## A prompt is read once
 #
 # The replies to one prompt stand behind it one after the other, in branches: each sees the prompt
-# and itself. `positions` go on from the prompt in every branch, as if it stood there alone.
+# and itself. `positions` go on from the prompt in every branch, as if it stood there alone. Orange
+# is the last token of each reply, which the head reads.
 
 # %%
-prompt = [dict(role="user", content="Go on.")]
-short = [dict(prompt=prompt, chosen="Ay, my lord.", rejected=x) for x in ("No.", "Ay ay ay")]
-((ids, (branches, comparisons)),), report = reward.encode_all(short, tokenizer, template, context)
-rows = [[(ids, (branches, comparisons))]]
-batch, layout, ends, table = reward.collate(rows)
+words = ("No.", "Ay ay ay")
+short = [dict(prompt=go_on, chosen="Ay, my lord.", rejected=text) for text in words]
+((ids, (branches, comparisons)),), _ = reward.encode_all(short, tokenizer, template, context)
+batch, layout, ends, table = reward.collate([[(ids, (branches, comparisons))]])
 print(f"{len(ids)} tokens; comparisons (better, worse): {[c[:2] for c in comparisons]}")
-branches, T = np.array(branches), len(ids)
-seen = (branches[None] == 0) | (branches[None] == branches[:, None])
-seen = seen & np.tril(np.ones((T, T), bool))
+seen = model.trunk.view(layout.positions, None, 0, layout).mask[0, 0]  # (T, T)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
 left.imshow(seen, cmap="Blues", vmax=1.5)
 for end in ends[:, 1].tolist():
-    left.axvline(end + 0.5, color="C1", linewidth=1)
+    left.plot(end, end, "s", color="C1", markersize=4)
 left.set(xlabel="token that is seen", ylabel="token that looks")
 right.plot(layout.positions[0], ".-")
 right.plot(ends[:, 1], layout.positions[0][ends[:, 1]], "o", color="C1", label="read off here")
 right.set(xlabel="column (token)", ylabel="position (token)")
+right.locator_params(integer=True)
 right.legend()
 figure.tight_layout()
 
@@ -125,7 +144,7 @@ figure.tight_layout()
 # so for this the weights of it are drawn.
 
 # %%
-twin = reward.RewardModel(model.trunk)
+twin = reward.RewardModel(model.trunk, bidirectional=not model.trunk.causal)
 torch.nn.init.normal_(twin.head.weight)
 for shared in (True, False):
     examples, _ = reward.encode_all(short, tokenizer, template, context, shared)
@@ -158,33 +177,44 @@ left.legend(fontsize=8)
 figure.tight_layout()
 
 # %% [markdown]
+# On paper the loss is -log(sigmoid(lead)). In float32 the sigmoid of a large negative lead is 0,
+# its logarithm minus infinity, and the gradient is lost just where a pair is most wrong.
+
+# %%
+for number in (-10.0, -90.0, -200.0):
+    lead = torch.tensor([number])
+    literal, ours = -lead.sigmoid().log().item(), reward.bradley_terry_loss(lead, zero).item()
+    print(f"lead {number:6.0f}: -log(sigmoid) {literal:8.3f}, bradley_terry_loss {ours:8.3f}")
+
+# %% [markdown]
 # ## Training
 #
 # A step: rows of examples, the rewards of all replies in them, the loss of all comparisons. The
-# first loss is log 2: a head of zeros gives every reply the same.
+# first loss is log 2: a head of zeros gives every reply the same. The small model trained here gets
+# pairs whose two replies end alike; why, comes below.
 
 # %%
+losses = {}
 if not trained:
-    pairs = [pair for pair in learned if pair["kind"] in ("repeated", "shuffled")]
-    examples, _ = reward.encode_all(pairs[:990], tokenizer, template, context)
+    pairs = [same_end(pair) for pair in easy(learned)]
+    examples, _ = reward.encode_all(pairs, tokenizer, template, context)
     config = reward.TrainConfig(tokens_per_step=1536)
     loader = reward.ExampleLoader(examples, context, 1536, count=reward.compared)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
-    for step in range(70):
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(1, 111):
         (rows,), total = next(loader)
         loss = reward.preference_loss(model, rows, total, config)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-    steps = range(1, 71)
-else:
-    lines = [json.loads(line) for line in open(latest / "metrics.jsonl")]
-    steps, losses = [x["step"] for x in lines], [x["train_loss"] for x in lines]
+        losses[step] = loss.item()
+elif (latest / "metrics.jsonl").exists():
+    lines = map(json.loads, open(latest / "metrics.jsonl"))
+    losses = {line["step"]: line["train_loss"] for line in lines}
 model.eval()
 figure, axes = plt.subplots(figsize=(6, 3))
-axes.plot(steps, losses)
+axes.plot(losses.keys(), losses.values(), linewidth=1)
 axes.axhline(np.log(2), color="grey", linestyle=":", label="log 2: no idea")
 axes.set(xlabel="step", ylabel="loss (nats per comparison)")
 axes.legend()
@@ -193,17 +223,15 @@ figure.tight_layout()
 # %% [markdown]
 # ## What it can do
 #
-# Held-out passages. A reply is right where the chosen one is ahead. Look for how far the kinds
+# Held-out passages. A pair is in order where the chosen reply is ahead. Look for how far the kinds
 # are apart: spoilt language can be seen in the reply alone, another speaker only from what was
 # said before.
 
 # %%
-few = [pair for pair in held_out if trained or pair["kind"] in ("repeated", "shuffled")]
-few = few[: 600 if trained else 200]
-examples, _ = reward.encode_all(few, tokenizer, template, context)
-rows = reward.evaluate(examples, reward.score(model, examples), few)
+few = held_out[:600] if trained else easy(held_out)[:200]
+rows = judge(few if trained else [same_end(pair) for pair in few])
 groups = figures.groups(rows)
-figure, axes = plt.subplots(figsize=(7, 0.4 * len(groups) + 1))
+figure, axes = plt.subplots(figsize=(7, 0.35 * len(groups) + 1))
 for name, part in reversed(groups.items()):
     share, low, high = figures.accuracy(part)
     axes.plot([low, high], [name, name], color="C0")
@@ -211,6 +239,7 @@ for name, part in reversed(groups.items()):
     print(f"{name:16} {len(part):4} pairs  {share:.1%}  ({low:.1%} to {high:.1%})")
 axes.axvline(0.5, color="grey", linestyle=":")
 axes.set(xlabel="share of pairs in order, and its 95% interval", xlim=(0.2, 1.02))
+axes.margins(y=0.15)
 figure.tight_layout()
 
 # %% [markdown]
@@ -225,9 +254,14 @@ margins = figures.by_margin(rows, 8)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
 left.plot([0.5, 1], [0.5, 1], ":", color="grey")
 left.plot([x for x, _, _ in found], [y for _, y, _ in found], "o-")
-left.set(xlabel="claimed", ylabel="found", title=f"calibration error {error:.3f}")
+left.set(
+    xlabel="probability claimed", ylabel="share in order", title=f"calibration error {error:.3f}"
+)
+sizes = np.linspace(0, max(x for x, _, _ in margins))
+right.plot(sizes, 1 / (1 + np.exp(-sizes)), ":", color="grey", label="as claimed")
 right.plot([x for x, _, _ in margins], [y for _, y, _ in margins], "o-")
 right.set(xlabel="lead (nats)", ylabel="share in order", ylim=(0.3, 1.03))
+right.legend()
 figure.tight_layout()
 
 # %% [markdown]
@@ -251,60 +285,122 @@ axes.legend(fontsize=7, loc="lower right")
 figure.tight_layout()
 
 # %% [markdown]
-# ## Your sentence
-#
-# As it is and spoilt in four ways. Only the differences mean something.
+# Length is not the only shortcut. Whoever shuffles, repeats or cuts off words mostly loses the stop
+# at the end, and to look for that is easier than to read. So the same pairs again, with the
+# rejected reply ending as the chosen one does. In the model of `make 08` misspelt words are found
+# as before; shuffled ones fall to about seven in ten, the other two nearly to chance: most of what
+# it seemed to know about them was the last character. (What is cut off and then given a stop is a
+# shorter speech and hardly a worse one.) The small model was never shown that shortcut. An
+# accuracy says that a model tells two replies apart, and never by what.
 
 # %%
-asked = [dict(role="user", content=f"JULIET:\nO Romeo!\n\n{preferences.PHRASES[0]}")]
+stops = [[bool(re.search(r"\W$", pair[k])) for k in ("chosen", "rejected")] for pair in held_out]
+kinds = [kind for kind in preferences.CORRUPTED if kind in groups]
+for kind in kinds:
+    lead = [a - b for (a, b), pair in zip(stops, held_out) if pair["kind"] == kind]
+    print(f"{kind:9} 'the one that ends in a stop is better': {np.mean(np.sign(lead) + 1) / 2:.1%}")
+spoilt = [pair for pair in few if pair["kind"] in kinds]
+figure, axes = plt.subplots(figsize=(7, 0.5 * len(kinds) + 1))
+versions = {"as they are": spoilt, "ending alike": [same_end(pair) for pair in spoilt]}
+for n, (label, pairs) in enumerate(versions.items()):
+    parts = figures.groups(judge(pairs))
+    for i, kind in enumerate(kinds):
+        share, low, high = figures.accuracy(parts[kind])
+        y = -i - 0.2 * n
+        axes.plot([low, high], [y, y], color=f"C{n}")
+        axes.plot(share, y, "o", color=f"C{n}", label=label if i == 0 else None)
+axes.axvline(0.5, color="grey", linestyle=":")
+axes.set_yticks([-i - 0.1 for i in range(len(kinds))], kinds)
+axes.set(xlabel="share of pairs in order, and its 95% interval", xlim=(0.2, 1.02))
+axes.margins(y=0.15)
+axes.legend(fontsize=8, loc="lower left")
+figure.tight_layout()
+
+# %% [markdown]
+# ## Your sentence
+#
+# As it is and spoilt in four ways, each also with the sentence's own end. Only the differences
+# mean something.
+
+# %%
+asked = f"JULIET:\nO Romeo!\n\n{preferences.PHRASES[0]}"
+asked = [dict(role="user", content=asked)] if trained else go_on
 draw = random.Random(1)
-spoilt = {kind: spoil(sentence, draw) for kind, spoil in preferences.CORRUPTED.items()}
-replies = {kind: f"ROMEO:\n{text}" for kind, text in {"as it is": sentence, **spoilt}.items()}
-pairs = [dict(prompt=asked, chosen=reply, rejected=reply) for reply in replies.values()]
-examples, _ = reward.encode_all(pairs, tokenizer, template, context)
-told = [row["chosen"] for row in reward.evaluate(examples, reward.score(model, examples), pairs)]
-for (kind, text), number in zip(replies.items(), told):
-    print(f"{number:7.2f}  {kind:10} {text[7:]!r}")
+texts = {kind: spoil(sentence, draw) for kind, spoil in preferences.CORRUPTED.items()}
+replies = {k: f"ROMEO:\n{text}" for k, text in {"as it is": sentence, **texts}.items()}
+pairs = [dict(prompt=asked, chosen=replies["as it is"], rejected=r) for r in replies.values()]
+told = [row["rejected"] for row in judge(pairs)]
+mended = [row["rejected"] for row in judge([same_end(pair) for pair in pairs])]
+print(" reward  same end")
+for (kind, text), number, other in zip(replies.items(), told, mended):
+    print(f"{number:7.2f}  {other:8.2f}  {kind:9} {text[7:]!r}")
 
 # %% [markdown]
 # The head reads the last token. Read off at every token it shows where the model changes its
-# mind, but it was never asked there: what counts is the end. Whoever reads it at a pad behind the
-# end, or a token too early, gets another number.
+# mind, but it was never asked there: what counts is the end. What is cut off begins as the sentence
+# does, so their lines are one until it ends.
 
 # %%
 figure, axes = plt.subplots(figsize=(10, 3))
+along, encoded = {}, {}
 for kind, text in replies.items():
-    messages = [*asked, dict(role="assistant", content=text)]
-    said = reward.encode_reply(messages, tokenizer, template)
-    ids = torch.tensor([reward.encode_prompt(asked, tokenizer, template) + said])
+    pair = dict(prompt=asked, chosen=text, rejected=text)
+    ((ids, marks),), _ = reward.encode_all([pair], tokenizer, template, context)
+    batch, layout, _, _ = reward.collate([[(ids, marks)]])
     with torch.no_grad():
-        along = model.of(model.trunk.hidden(ids)[0])[-len(said) :]  # (tokens of the reply,)
-    axes.plot(along, label=kind, linewidth=1)
-    axes.plot(len(said) - 1, along[-1], "o", color=axes.lines[-1].get_color())
+        values = model.of(model.trunk.hidden(batch, layout=layout)[0])  # (T,)
+    first = marks[0].index(1)  # of the reply
+    along[kind], encoded[kind] = values[first - 1 :], ids  # that before its first token, too
+    axes.plot(values[first:], label=kind, linewidth=1)
+    axes.plot(len(ids) - first - 1, values[-1], "o", color=axes.lines[-1].get_color())
 axes.set(xlabel="token of the reply", ylabel="what the head says there (nats)")
 axes.legend(fontsize=8)
 figure.tight_layout()
 
 # %% [markdown]
-# ## What may be done to a reward
-#
-# Potentials, a number for the text so far, give a policy something to go by before the end. Here
-# the head's own number along the reply: the sum over a reply changes by minus the first
-# potential, whatever stands between, so that the best reply stays the best. A penalty on length
-# changes it, on purpose.
+# In a batch the shorter texts are padded on the right. `lengths` says where each one ends; whoever
+# reads the last column instead gets, for all but the longest, what the head says at a pad.
 
 # %%
-lengths = torch.tensor([len(along)])
-end = along[-1:].clone()
-plain = reward.shape_reward(end, lengths, potentials=torch.zeros(1, len(along)))
-shaped = reward.shape_reward(end, lengths, potentials=along[None])
+lengths = torch.tensor([len(ids) for ids in encoded.values()])
+batch = torch.zeros(len(lengths), lengths.max(), dtype=torch.int64)  # (B, T)
+for row, ids in zip(batch, encoded.values()):
+    row[: len(ids)] = torch.tensor(ids)
+with torch.no_grad():
+    right, wrong = model(batch, lengths), model(batch, torch.full_like(lengths, lengths.max()))
+for kind, *numbers in zip(replies, lengths, right, wrong):
+    print("{:9} {} tokens: at the end {:6.2f}, in the last column {:6.2f}".format(kind, *numbers))
+
+# %% [markdown]
+# ## What may be done to a reward
+#
+# Potentials, a number for the text before each token, give a policy something to go by before the
+# end. Here they are what the head says there: the sum over a reply changes by minus the potential
+# of the bare prompt, which is the same for every reply, so that the best stays the best. A penalty
+# on length is no such sum. It is meant to change what is best, and a large one does: it prefers
+# what is shorter, complete or not.
+
+# %%
+lengths = torch.tensor([len(values) - 1 for values in along.values()])
+rewards = torch.stack([values[-1] for values in along.values()])  # (B,)
+potentials = torch.zeros(len(lengths), lengths.max())  # (B, T)
+for row, values in zip(potentials, along.values()):
+    row[: len(values) - 1] = values[:-1]
+shaped = reward.shape_reward(rewards, lengths, potentials=potentials)  # (B, T)
+penalised = reward.shape_reward(rewards, lengths, length_penalty=0.6)
+columns = {"reward": rewards, "sum when shaped": shaped.sum(1), "less 0.6 a token": penalised}
+for name, values in columns.items():
+    numbers = ", ".join(f"{kind} {x:.2f}" for kind, x in zip(replies, values))
+    print(f"{name:16} best: {list(replies)[values.argmax()]:9} ({numbers})")
+T = lengths[0].item()
 figure, axes = plt.subplots(figsize=(8, 3))
-axes.bar(np.arange(len(along)) - 0.2, plain[0], 0.4, label=f"at the end: sum {plain.sum():.3f}")
-axes.bar(np.arange(len(along)) + 0.2, shaped[0], 0.4, label=f"shaped: sum {shaped.sum():.3f}")
-axes.set(xlabel="token of the reply", ylabel="reward (nats)")
+axes.bar([T - 1.2], rewards[:1], 0.4, label=f"at the end: sum {rewards[0]:.2f}")
+axes.bar(np.arange(T) + 0.2, shaped[0, :T], 0.4, label=f"shaped: sum {shaped[0].sum():.2f}")
+axes.axhline(0, color="grey", linewidth=0.5)
+axes.set(xlabel="token of the reply as it is", ylabel="reward (nats)")
+axes.locator_params(axis="x", integer=True)
 axes.legend()
 figure.tight_layout()
-print(f"sum + first potential: {shaped.sum() + along[0]:.3f}, reward: {end.item():.3f}")
 
 # %% [markdown]
 # ## Now you

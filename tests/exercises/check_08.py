@@ -87,7 +87,10 @@ def ranking_loss(answer):
     far = torch.tensor([[-1000.0, 0.0, 1000.0]])
     same(answer(far), torch.tensor(3000.0), "it has to be finite: logsumexp, not exp")
     leaf = rewards.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(answer(leaf), leaf)
+    loss = answer(leaf)
+    if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        raise Differs("no gradient comes back. Hint: stay with tensors, without .item() and detach")
+    (slope,) = torch.autograd.grad(loss, leaf)
     same(slope.sum(1), torch.zeros(2), "the gradient of each ranking sums to 0", 1e-4)
 
 
@@ -95,11 +98,8 @@ def across_prompts(answer):
     share, letter = answer()
     if share is None or letter is None:
         raise Differs("share or letter is open. Hint: better[:, None] > worse[None], less i == j")
-    wanted = _share()
-    if abs(float(share) - wanted) > 1e-4:
-        raise Differs(
-            f"the share is {float(share):.4f}. Hint: all 400 x 399 pairs of different prompts"
-        )
+    hint = "all 400 x 399 ordered pairs of different prompts, and of those the share"
+    same(share, _share(), hint, tolerance=1e-4)
     same(
         letter, "c", "how does the loss change when a number is added to both rewards of a prompt?"
     )

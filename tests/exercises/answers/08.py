@@ -50,6 +50,11 @@ def within():
     return (better > worse).float().mean().item(), "c"
 
 
+def with_themselves():
+    better, worse = pairs_of_400()
+    return (better[:, None] > worse[None]).float().mean().item(), "c"
+
+
 def naive(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
     p = torch.sigmoid(chosen - rejected - margin)
     loss = -(label * p.log() + (1 - label) * (1 - p).log())
@@ -62,6 +67,18 @@ def added(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
 
 def unlabelled(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
     return preference_loss(chosen, rejected, margin, 1.0, centre) * label
+
+
+def weighted(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
+    ahead = chosen - rejected - margin
+    right = torch.logaddexp(torch.zeros_like(ahead), -ahead)
+    return (label * right + centre * (chosen + rejected) ** 2).mean()
+
+
+def margin_both_ways(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
+    zero, lead = torch.zeros_like(chosen), chosen - rejected
+    right, wrong = torch.logaddexp(zero, margin - lead), torch.logaddexp(zero, lead + margin)
+    return (label * right + (1 - label) * wrong + centre * (chosen + rejected) ** 2).mean()
 
 
 def clamped(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
@@ -103,6 +120,18 @@ def all_left(rewards):
     return -rewards.log_softmax(1)[:, :-1].sum(1).mean()
 
 
+def mean_of_places(rewards):
+    return ranking_loss(rewards) / (rewards.shape[1] - 1)
+
+
+def from_the_back(rewards):
+    return ranking_loss(-rewards.flip(1))  # the worst is drawn first: another model
+
+
+def without_gradient(rewards):
+    return ranking_loss(rewards).detach()
+
+
 def overflowing(rewards):
     left = rewards.exp().flip(1).cumsum(1).flip(1).log()
     return (left - rewards).sum(1).mean()
@@ -114,8 +143,30 @@ def first_only(rewards):
 
 WRONG = {
     "tokens_read": [(90, 170, 75), (90, 130, 40), (170, 90, 40), (90, 170)],
-    "preference_loss": [naive, added, unlabelled, clamped, uncentred],
+    "preference_loss": [
+        naive,
+        added,
+        unlabelled,
+        weighted,
+        margin_both_ways,
+        clamped,
+        uncentred,
+    ],
     "shaped": [no_shift, keeps_first],
-    "ranking_loss": [every_pair, all_left, overflowing, first_only, lambda r: ranking_loss(r) / 3],
-    "across_prompts": [within, lambda: (across_prompts()[0], "a"), lambda: (0.5, "c")],
+    "ranking_loss": [
+        every_pair,
+        all_left,
+        overflowing,
+        first_only,
+        mean_of_places,
+        from_the_back,
+        without_gradient,
+        lambda rewards: ranking_loss(rewards.flip(1)),
+    ],
+    "across_prompts": [
+        within,
+        with_themselves,
+        lambda: (across_prompts()[0], "a"),
+        lambda: ("most", "c"),
+    ],
 }
