@@ -101,7 +101,7 @@ def run(root, *words):
 def test_the_report(tree):
     root, write = tree
     code, out, _ = run(root, "03")
-    assert code == 1 and "0 of 5 done" in out and out.count("not yet") == 3
+    assert code == 1 and "0 of 5 done" in out and out.count("not yet") == 4
     write(
         ("parameters = None", "parameters = 60_960"),
         ('in float32."""\n    ...', 'in float32."""\n    return logits.mean() + nothing'),
@@ -119,6 +119,27 @@ def test_all_done_is_exit_code_0(tree):
     shutil.copy(exercises.HERE / "answers" / "03.py", root / "03_gpt" / "exercises.py")
     code, out, _ = run(root, "03")
     assert code == 0 and "5 of 5 done" in out
+
+
+@pytest.mark.parametrize(
+    "new, said",
+    [
+        ("return 4.5, letter", "letter is open. Hint: model(ids, targets).item()"),
+        ("return 4.5", "it returned 4.5. Hint: return loss, letter"),
+    ],
+)
+def test_half_of_an_answer_is_told_from_none(tree, new, said):
+    root, write = tree
+    write(("return loss, letter", new))
+    code, out, _ = run(root, "03")
+    assert code == 1 and said in out and "not yet  loss_before_training" not in out
+
+
+def test_a_lambda_in_place_of_a_function_is_checked(tree):
+    root, write = tree
+    write(("# ---- 3.", "cross_entropy = lambda logits, targets: 0.0\n# ---- 3."))
+    code, out, err = run(root, "03")
+    assert code == 1 and not err and "  differs  cross_entropy" in out
 
 
 @pytest.mark.parametrize(

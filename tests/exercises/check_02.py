@@ -4,7 +4,7 @@ import math
 
 import attention
 import torch
-from check import Differs, same
+from check import Differs, measured, same
 
 
 def tiles(answer):
@@ -163,9 +163,7 @@ def alibi_attention(answer):
 
 
 def order_seen(answer):
-    change, letter = answer()
-    if change is None or letter is None:
-        raise Differs("change or letter is open. Hint: layers[1](layers[0](x))[0, -1]")
+    change, letter = measured(answer(), "change", "layers[1](layers[0](x))[0, -1]")
     torch.manual_seed(0)
     layers = [attention.MultiHeadAttention(16, n_heads=2, theta=None).double() for _ in range(2)]
     x = torch.randn(1, 8, 16, dtype=torch.float64)

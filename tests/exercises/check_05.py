@@ -3,7 +3,7 @@
 import numpy as np
 import scaling
 import torch
-from check import Differs, same
+from check import Differs, measured, same
 from scaling import IGNORE
 
 
@@ -190,9 +190,7 @@ def to_8_bits(answer):
 
 
 def average_of_averages(answer):
-    distance, letter = answer()
-    if distance is None or letter is None:
-        raise Differs("distance or letter is open. Hint: torch.autograd.grad, or .grad after each")
+    distance, letter = measured(answer(), "distance", "torch.autograd.grad, or .grad after each")
     model, (ids, targets) = _model().double(), _batch(8)
     targets[2:5, 2:] = IGNORE
     whole = _gradient(model, ids, targets)

@@ -2,7 +2,7 @@
 
 import moe
 import torch
-from check import Differs, same
+from check import Differs, measured, same
 
 SHAPE = dict(vocab_size=64, d_model=8, n_layers=1, n_heads=1, d_expert=6, n_experts=4, top_k=2)
 
@@ -189,9 +189,7 @@ def expert_choice(answer):
 
 
 def experts_that_learn(answer):
-    number, letter = answer()
-    if number is None or letter is None:
-        raise Differs("number or letter is open. Hint: torch.autograd.grad(task, weight)")
+    number, letter = measured(answer(), "number", "torch.autograd.grad(task, weight)")
     torch.manual_seed(0)
     shape = dict(vocab_size=64, d_model=32, n_layers=1, n_heads=2, d_expert=32)
     layer = moe.MoE(moe.MoEConfig(**shape, n_experts=8, top_k=2))

@@ -4,7 +4,7 @@ import math
 
 import rlhf
 import torch
-from check import Differs, same
+from check import Differs, measured, same
 
 NAN = math.nan
 
@@ -208,9 +208,7 @@ def gspo_loss(answer):
 
 
 def kl_as_a_loss(answer):
-    distance, letter = answer()
-    if distance is None or letter is None:
-        raise Differs("distance or letter is open. Hint: (weights * k3).sum() is a loss")
+    distance, letter = measured(answer(), "distance", "(weights * k3).sum() is a loss")
     torch.manual_seed(0)
     logits = torch.randn(8, dtype=torch.float64, requires_grad=True)
     reference = (logits.detach() + torch.randn(8, dtype=torch.float64)).log_softmax(0)

@@ -2,7 +2,7 @@
 
 import engine
 import torch
-from check import Differs, same
+from check import Differs, measured, same
 
 
 def reused(answer):
@@ -12,8 +12,14 @@ def reused(answer):
 
 
 def penalise(answer):
+    logits = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
+    before = logits.clone()
+    answer(logits, engine.Sampling(presence_penalty=0.5), [0, 1, 1], [1, 2, 2, 2])
+    if torch.equal(logits, before):
+        raise Differs("the logits are what they were. Hint: they are to be changed in place")
+    once = "each token seen, of prompt and answer, once: a positive logit is divided, a negative "
     cases = [
-        (dict(repetition_penalty=2.0), "of a negative logit, a penalty makes it more negative"),
+        (dict(repetition_penalty=2.0), once + "one multiplied"),
         (
             dict(presence_penalty=0.5),
             "presence counts a token of the answer once, the prompt never",
@@ -42,6 +48,8 @@ def penalise(answer):
 
 
 def until_stop(answer):
+    which = "which part of what is held can still become the stop string, and which is the longest?"
+
     def run(pieces, stop):
         """(text, the most characters that were held back behind what could be told)."""
         text, fed, lag = "", "", [0]
@@ -51,6 +59,11 @@ def until_stop(answer):
             for piece in pieces:
                 fed += piece
                 yield piece
+                if stop in fed and len(text) > fed.index(stop):
+                    raise Differs(
+                        f"pieces {pieces} with stop {stop!r}: it tells {text!r}, part of the stop "
+                        f"string, too. Hint: {which}"
+                    )
                 if stop in fed:
                     raise Differs(
                         f"pieces {pieces} with stop {stop!r}: another piece is taken when the stop "
@@ -81,8 +94,7 @@ def until_stop(answer):
         text, late = run(pieces, stop)
         if text != wanted:
             raise Differs(
-                f"pieces {pieces} with stop {stop!r} give {text!r}, not {wanted!r}. Hint: which "
-                "part of what is held can still become the stop string, and which is the longest?"
+                f"pieces {pieces} with stop {stop!r} give {text!r}, not {wanted!r}. Hint: {which}"
             )
         if late > 0:
             raise Differs(
@@ -117,8 +129,6 @@ def typical_probs(answer):
 
 
 def passes_saved(answer):
-    ratio, letter = answer()
-    if ratio is None or letter is None:
-        raise Differs("ratio or letter is open. Hint: read the counter before and after")
+    ratio, letter = measured(answer(), "ratio", "read the counter before and after")
     same(float(ratio), 8.0, "each answer of 20 tokens takes 20 passes, alone or with others")
     same(letter, "c", "what does a pass have to read, however many tokens are in it?")

@@ -87,6 +87,17 @@ def clamped(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
     return (loss + centre * (chosen + rejected) ** 2).mean()
 
 
+def kinked(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
+    """Exact but for its gradient at a tie, -1 for -1/2."""
+    x = chosen - rejected - margin
+
+    def cost(x):
+        return x.clamp(min=0) + (-x.abs()).exp().log1p()
+
+    loss = label * cost(-x) + (1 - label) * cost(x)
+    return (loss + centre * (chosen + rejected) ** 2).mean()
+
+
 def uncentred(chosen, rejected, margin=0.0, label=1.0, centre=0.0):
     plain = bradley_terry_loss(chosen, rejected, margin, label)
     return plain + centre * (chosen**2 + rejected**2).mean()
@@ -150,6 +161,7 @@ WRONG = {
         weighted,
         margin_both_ways,
         clamped,
+        kinked,
         uncentred,
     ],
     "shaped": [no_shift, keeps_first],
