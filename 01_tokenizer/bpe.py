@@ -4,9 +4,9 @@ Parent: none
 
 A language model reads numbers. Characters would make sequences long, whole words would leave
 every new word unknown. Byte-pair encoding stands between: begin with the 256 bytes, so that any
-text can be written, then again and again make the most frequent pair of neighbours a new token.
-Text is first cut into pre-tokens, roughly words with the space before them, and pairs are counted
-only inside these. This is all of it:
+text can be written, then again and again make the most frequent pair of neighbours a new token (of
+equally frequent ones the greater bytes). Text is first cut into pre-tokens, roughly words with the
+space before them, and pairs are counted only inside these. While there is a pair, this is it:
 
     def plain_bpe(text, n_merges):
         words = Counter(regex.findall(GPT2_PATTERN, text))
@@ -45,10 +45,10 @@ Why the fast version is fast, although it is Python:
   word, in each round every row's best pair.
 - Files are cut where no pre-token crosses (`CUT`): processes share the work, memory stays constant.
 
-Four traps, each with a test. A space belongs to the word after it: a prompt that ends in a space
-ends in a token that no text has. GPT-2 cuts numbers anywhere, which hides arithmetic; GPT-4 takes
-digits in threes. Of indented code GPT-2's vocabulary has single spaces only, GPT-4's whole runs. A
-language that the training text lacked costs several tokens a character.
+Four traps, all tested. A space belongs to the word after it: a prompt that ends in one is cut where
+no text is. GPT-2 cuts numbers anywhere, which hides arithmetic; GPT-4 takes digits in threes. Of
+indented code GPT-2's vocabulary has single spaces only, GPT-4's whole runs. A language that the
+training text lacked costs several tokens a character.
 
 Read `merge_words`, `Tokenizer._encode` and `_merge_block`; the rest is cutting and files.
 Papers: Gage 1994 (A New Algorithm for Data Compression); Sennrich et al. 2015 (1508.07909, BPE for
@@ -157,7 +157,7 @@ class Splitter:
         pieces, done = [], 0
         while not text.isascii() and (other := NOT_ASCII.search(text, done)):
             before = LAST_CUT.search(text, done, other.start())
-            after = CUT.search(text, other.end() + 64)
+            after = CUT.search(text, other.end() + 64)  # such characters seldom come alone
             start = before.start() if before else done
             end = after.start() if after else len(text)
             pieces += self.ascii.findall(text, done, start)
@@ -465,7 +465,7 @@ class Tokenizer:
         ids = np.where(inside, self._byte_ids[text], self._end).ravel()
         pairs = np.where(inside[:, 1:], text[:, :-1] * 256 + text[:, 1:], 1 << 16)  # (W, N-1)
         rank_rows = np.pad(self._byte_pair_ranks[pairs], ((0, 0), (0, 1)), constant_values=NEVER)
-        rank = rank_rows.ravel()
+        rank = rank_rows.ravel()  # a view: what is written to it shows in rank_rows
         previous = np.arange(-1, ids.size - 1)  # before a first token: the last column above it
         starts, rows = inside.ravel().copy(), np.arange(len(words))
 

@@ -34,7 +34,8 @@ def merge_words(counts, n_merges):
     then joined in every word from left to right, so that aaa becomes aa, a. Where no pair is left
     anywhere, the list is shorter than n_merges.
 
-    It need not be fast: bpe.py says why its own is. (Do not call that one, of course.)"""
+    It need not be fast: bpe.py says why its own is, and begins with a plain one of nearly this
+    kind. Close it first."""
     ...
 
 
@@ -45,8 +46,10 @@ def stream(tokenizer, ids):
     """Yields the text of ids (an iterable, perhaps of a model that still generates) in pieces, as
     they come.
 
-    In a row the pieces are to be tokenizer.decode of all ids, whatever the ids are; and whenever
-    the bytes so far end with a whole character, all are out before the next id is asked for.
+    In a row the pieces (empty ones may be among them) are to be tokenizer.decode of all ids,
+    whatever the ids are. And whenever the bytes so far end with a whole character, but for a U+FFFD
+    of the text itself, all are out before the next id is asked for: after bytes that are no UTF-8,
+    too, or one bad byte would silence a model for the rest of its answer.
 
     With English it does just that. But of an emoji or of Chinese it shows the replacement character
     U+FFFD and goes on, although decode of all ids at once shows them well."""
@@ -68,7 +71,8 @@ def fewest_tokens(word, vocab):
     The bytes of the ids in a row must be the word. Of several shortest ways any will do. Merges do
     not matter here: only what is in vocab, every entry of which is a token of one byte or more.
     Raises ValueError where vocab has no way to write the word. A word of 600 bytes must be no
-    trouble, so neither may the work double with each byte, nor a call stand in a call for each.
+    trouble: a search whose work doubles with each byte is too slow, and one that calls itself once
+    for each is too deep.
 
     Merges in the order learned often end in more tokens than needed, and to take the longest token
     first does too. Fewer tokens are cheaper; whether they are better the paper doubts."""
@@ -90,8 +94,8 @@ def never_used():
     b. they were steps: wherever such a token stood, a later merge made it part of a longer one
     c. they reach across the border of two pre-tokens, where encode never merges
 
-    A row of the embedding that no text reaches is never trained: ids of this kind are what the
-    'glitch tokens' of published models were (Land and Bartolo 2024, arXiv 2405.05417)."""
+    A row of the embedding that no text reaches is never trained. Published models have such tokens,
+    and behave oddly when they meet one (Land and Bartolo 2024, arXiv 2405.05417)."""
     text = bpe.__doc__
     counts = Counter(Splitter(GPT2_PATTERN).split(text))
     merges = bpe.merge_words(counts, 400)

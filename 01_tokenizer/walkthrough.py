@@ -133,9 +133,10 @@ for name, pieces in rows[:-1]:
     print(f"{name:8} cuts the line into {len(pieces)} pre-tokens")
 
 # %% [markdown]
-# The space goes in front of the word. GPT-2 takes a number as one pre-token, so that its tokens
-# fall anywhere, `12|345|67` in one number and `123|45` in the next; GPT-4 cuts it in threes,
-# SmolLM2 digit by digit. GPT-4o alone sees two words in maxValue.
+# The space goes in front of the word, but in GPT-4 and GPT-4o not in front of a number. GPT-2 takes
+# a number as one pre-token, so that merges may cut it anywhere, `12|345|67` in one number and
+# `123|45` in the next; GPT-4 cuts it in threes, SmolLM2 digit by digit. GPT-4o alone sees two words
+# in maxValue, and keeps it's whole; 'S is one piece to GPT-4 and GPT-4o, two to the others.
 #
 # What if nothing is cut? Here the same merges are learned from a short text as one single
 # pre-token: the pairs across borders are counted, and words are glued to what happened to follow.
@@ -176,7 +177,8 @@ print(f"{total:,} pre-tokens, {len(counts):,} different ones")
 # %% [markdown]
 # ## merge_words: the most frequent pair, again and again
 #
-# A pair weighs what its words weigh. These are the first merges, and below how they build words.
+# A pair counts as often as the words that hold it occur. These are the first merges, and below how
+# they build words.
 
 # %%
 for rank, (a, b) in enumerate(merges[:8]):
@@ -208,9 +210,9 @@ figure.tight_layout()
 # %% [markdown]
 # Early merges make what many words share, late ones what is left of a few. A word that the text
 # lacked stays in pieces: the ï of Naïve may even stay two bytes, each a token, and neither of them
-# a character. Some tokens serve as steps alone: `exercises.py` counts them.
+# a character.
 #
-# Equal counts are common, and something has to decide. Here it is the bytes of the pair; if it
+# Counts are often equal, and something has to decide. Here it is the bytes of the pair; if it
 # were the order in which pairs are met, the same words in another order would give other ids.
 
 # %%
@@ -265,12 +267,13 @@ axes.grid(alpha=0.3)
 axes.legend()
 figure.tight_layout()
 last = 1 / curves["plays, held out"][-1]
-print(f"at {256 + sizes[-1]:,} tokens, held out: {last:.2f} bytes a token")
+print(f"at {256 + sizes[-1]:,} tokens and no special one, held out: {last:.2f} bytes a token")
 
 # %% [markdown]
-# Each doubling takes off less than the one before. Source code gains far less, as it is not what
-# the merges were learned from; below, the same in other languages. Where the text lacked a script
-# each byte is a token. A model is then slower, dearer and has less context in that language.
+# Each doubling takes off less than the one before, in the plays. Source code gains far less, as it
+# is not what the merges were learned from; below, the same in other languages. Where the text
+# lacked a script each byte is a token. A model is then slower, dearer and has less context in that
+# language.
 
 # %%
 proverbs = {
@@ -308,13 +311,19 @@ print("all together ", repr(tokenizer.decode(emoji)))
 # %% [markdown]
 # ## A space at the end of a prompt
 #
-# A space belongs to the word after it. A prompt that ends in a space ends in a token that hardly
-# stood there in training: the model knows what follows ` light`, not what follows a lone space.
+# A space belongs to the word after it, and a prompt that ends in one cuts ` light` where training
+# never did. A lone space is a token, and not a rare one, but it stands before words that no token
+# with a space begins: the model expects one of those.
 
 # %%
 for prompt, more in (("soft, what", " light"), ("soft, what ", "light")):
     print([tokenizer.vocab[i] for i in tokenizer.encode(prompt) + tokenizer.encode(more)])
 print([tokenizer.vocab[i] for i in tokenizer.encode("soft, what light")], "in the text")
+ids = tokenizer.encode(held_out)
+(space,) = tokenizer.encode(" ")
+after = Counter(tokenizer.vocab[b] for a, b in zip(ids, ids[1:]) if a == space)
+print(f"of {len(ids):,} tokens of held-out text {ids.count(space):,} are lone spaces; then come")
+print(", ".join(f"{token!r} {n}" for token, n in after.most_common(8)))
 
 # %% [markdown]
 # ## Special tokens, and what a user types

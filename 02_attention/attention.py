@@ -55,8 +55,8 @@ TILE = 256  # rows and columns of a tile of flash attention in PyTorch: the fast
 
 
 def softmax(x, dim):
-    """exp(x) / sum(exp(x)) along dim, for x of any size: the largest is subtracted first, which
-    cancels in the fraction, so that exp never overflows. Where all of x is -inf: zeros."""
+    """exp(x) / sum(exp(x)) along dim, however large: the largest (finite, and without a gradient:
+    it cancels) is subtracted first, so that exp never overflows. Where all of x is -inf: zeros."""
     largest = x.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
     x = (x - largest).exp_()  # in place, and x given up: two large tensors alive, not four
     total = x.sum(dim, keepdim=True)
@@ -152,7 +152,7 @@ class LearnedPositions(nn.Module):
 def rope_table(positions, head_dim, theta=10_000.0):
     """Cosines and sines of the angles by which apply_rope rotates: positions (T,) to twice (T, D),
     float64, as float32 is off by 0.004 radians at 100,000. Pair i turns by theta^(-2i/D) a token:
-    the first by a radian, the last by hardly more than 1/theta. ValueError: head_dim is odd."""
+    the first by a radian, the last by theta^(2/D)/theta. ValueError: head_dim is odd."""
     if head_dim % 2:
         raise ValueError(f"rotary dim {head_dim} is odd: it is rotated in pairs")
     rate = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).double() / head_dim)

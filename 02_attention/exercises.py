@@ -14,9 +14,9 @@ from attention import MultiHeadAttention
 tiles = None
 """flash_attention(q, k, v, causal=True, tile=64) on a CPU, with 300 queries that are the last of
 1,000 tokens, and so 1,000 keys. For how many tiles does its forward pass compute scores (how often
-does it call tile_scores)? An int, worked out on paper. That no (T, T) matrix is kept saves memory;
-that tiles nobody may look into are never computed saves up to half of the time. Which these are
-depends on where the diagonal of the causal mask ends."""
+does it call tile_scores)? An int, worked out on paper. That no (T, T) matrix is kept saves memory.
+Tiles into which no query may look are never computed: that saves up to half of the time. Which
+these are depends on where the diagonal of the causal mask ends."""
 
 
 # ---- 2. Fill in
@@ -29,9 +29,9 @@ def scaled_dot_product_attention(q, k, v, mask=None, scale=None):
 
     mask: None, or boolean and True where a query may look; it broadcasts to (..., T_q, T_k). A row
     without True gives zeros and its gradients are zeros, not NaN. scale: what scores are multiplied
-    by, 1 / sqrt(D) if None. Scores of 10,000 and of -10^12 must do no harm: exp(10,000) is inf, and
-    a hidden key must stay hidden beside one with the lowest score there is. None of the arguments
-    may change."""
+    by, 1 / sqrt(D) if None. Scores of 10,000 and of -10^12 must do no harm: exp(10,000) is inf, a
+    hidden key must stay hidden beside visible ones that score -10^12, and a hidden one that scores
+    10,000 must not make what is visible round to 0. None of the arguments may change."""
     ...
 
 
@@ -43,7 +43,8 @@ def window_attention(q, k, v, window):
     v (B, H, T, D), all of the same T tokens, to (B, H, T, D).
 
     For texts up to the window it is right to the last digit, so the first tests pass. On longer
-    ones a model trains to a loss that no other variant reaches, and then writes nonsense."""
+    ones the loss looks merely odd; place by place it is absurd, close to 0 for the last `window`
+    tokens of a text and poor for all before them, and what the model writes is nonsense."""
     T = q.shape[-2]
     k, v = k[..., -window:, :], v[..., -window:, :]  # nobody sees what is older
     mask = torch.ones(T, k.shape[-2], dtype=torch.bool).tril()
@@ -77,16 +78,15 @@ def order_seen():
     Below are two causal layers without positions, and two texts that differ in that order alone.
     After one layer the last token has the same vector in both. Send both texts through the first
     and then the second layer (nothing added, nothing normalised) and return (change, letter): for
-    the last token |y - y_swapped| / |y|, lengths of its vectors after both, as a float, and the
-    letter that says where the change comes from.
+    the last token |y - y_swapped| / |y|, a float, where y and y_swapped are its vectors after both
+    layers and |.| is a length, and the letter that says where the change comes from.
 
     a. float64 rounds sums taken in another order to other numbers, and a second layer enlarges that
     b. the mask: in layer one token 0 sees only itself and token 1 sees both, whoever is first, so
        that the second layer averages other vectors
     c. a softmax gives more weight to keys that stand early in its row, if they are equally good
 
-    So a decoder can tell order even without positions, and learns to (Haviv et al. 2022, arXiv
-    2203.16634). An encoder, which has no mask, cannot."""
+    Decoders without positions do learn to tell order (Haviv et al. 2022, arXiv 2203.16634)."""
     torch.manual_seed(0)
     layers = [MultiHeadAttention(16, n_heads=2, theta=None).double() for _ in range(2)]
     for layer in layers:

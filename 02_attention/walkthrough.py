@@ -113,9 +113,9 @@ for token, row, mean in zip(x.tolist(), weights.tolist(), (weights @ x).tolist()
 # ## Masks: who may look where
 #
 # Blue is seen. The second panel is decoding: 3 queries that are the last of 10 tokens, so the
-# diagonal ends at the lower right. The last panel is a classic mistake. The keys are cropped to the
-# window, 4 in place of 10, and the mask is still drawn from the upper left: row 0, column 0. But
-# column 0 is now token 6. Red is what a token sees of its future; the first six see nothing else.
+# diagonal ends at the lower right. The last panel is a classic mistake: the same 3 queries with the
+# diagonal drawn from the upper left, row 0, column 0, as some libraries do it. Red is what they
+# ought to see and do not.
 
 # %%
 T, window = 10, 4
@@ -123,35 +123,38 @@ at = torch.arange(T)
 masks = {"causal_mask(10, 10)": causal_mask(T, T), "causal_mask(3, 10)": causal_mask(3, T)}
 masks["window 4"] = window_mask(at, at, window)
 masks["window 4, 2 sinks"] = window_mask(at, at, window, sinks=2)
-wrong = torch.zeros(T, T, dtype=torch.bool)  # keys by their place in the text
-wrong[:, T - window :] = torch.ones(T, window, dtype=torch.bool).tril()
-masks["cropped keys, old mask"] = wrong
+masks["from the upper left"] = wrong = torch.ones(3, T, dtype=torch.bool).tril()
 figure, panels = plt.subplots(1, len(masks), figsize=(11, 2.7))
 for axes, (name, mask) in zip(panels, masks.items()):
     first = T - len(mask)  # the token of row 0
-    future = at[None, :] > at[first:, None]
-    shade = torch.stack([mask & future, mask & ~future, mask & ~future], -1).float()
-    picture = np.where(shade.any(-1, keepdim=True), [0.27, 0.51, 0.71], [0.93, 0.93, 0.93])
-    picture[(mask & future).numpy()] = [0.84, 0.15, 0.16]
+    picture = np.where(mask[..., None], [0.27, 0.51, 0.71], [0.93, 0.93, 0.93])
+    if mask is wrong:
+        picture[(masks["causal_mask(3, 10)"] & ~mask).numpy()] = [0.84, 0.15, 0.16]
     axes.imshow(picture, extent=(-0.5, T - 0.5, T - 0.5, first - 0.5))
     axes.set_title(name, fontsize=9)
     axes.set(xlabel="token looked at", xticks=range(0, T, 3))
     axes.set_yticks(range(first, T, 3 if first == 0 else 1))
 panels[0].set_ylabel("token that looks")
 figure.tight_layout()
-print(f"with the mistake tokens see {(wrong & (at[None] > at[:, None])).sum()} keys of the future")
+q, k, v = torch.randn(3, 1, T, 8)
+whole = attention.scaled_dot_product_attention(q, k, v, causal_mask(T, T))
+for name in ("causal_mask(3, 10)", "from the upper left"):
+    part = attention.scaled_dot_product_attention(q[:, -3:], k, v, masks[name])
+    print(f"{name:20} off by {(part - whole[:, -3:]).abs().max():.1e} from the whole text's")
 
 # %% [markdown]
-# In training such a model guesses the next token by looking at it: the loss falls below what is
-# possible, and its text is nonsense. Exercise 3 has this one. The test for it costs a line: change
-# the last token, and nothing before it may change.
+# Training never meets this mistake, as there all tokens are queries: it comes with the cache. The
+# test for it are these lines: the last queries alone give what they give in the whole text. A mask
+# that lets tokens see their future is caught by another line: change the last token, and nothing
+# before it may change.
 #
 # ## Positions
 #
 # A weighted mean does not know the order of what it is taken of. Left: the table of sines and
 # cosines that the first transformers added to the tokens. Right: rotary positions turn queries and
 # keys instead, and the product depends on how far apart they are and on nothing else: from token 0
-# or from token 5,000 on, the curve is the same.
+# or from token 5,000 on, the curve is the same. In both some channels turn within a few tokens and
+# others hardly at all.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.7))
@@ -197,8 +200,8 @@ figure.tight_layout()
 
 # %% [markdown]
 # With the view, a row is no token: head 0 holds tokens 0 and 1, head 1 tokens 2 and 3. If the way
-# back is a view too, it even trains, as a model in which the second half of each text never hears
-# of the first. If the way back is the right one, tokens see the future.
+# back is a view too, it even trains, here with 2 heads as a model in which the second half of each
+# text never hears of the first. If the way back is the right one, tokens see the future.
 #
 # ## Variants, trained a little
 #
@@ -262,8 +265,8 @@ for name, values in losses.items():
     print(f"{name:28} {size:6,} parameters, last 20 steps {np.mean(values[-20:]):.2f} nats")
 
 # %% [markdown]
-# The latent one comes last, as in the README's table; the others can hardly be told apart so soon.
-# Where they do differ is in what they keep, below.
+# The latent one comes last, as it does among those with rotary positions in the README; the others
+# can hardly be told apart so soon. Where they do differ is in what they keep, below.
 #
 # ## Attention maps of each variant
 #
@@ -392,9 +395,9 @@ print(f"after all tiles: {errors[-1]:.0e}, rounding")
 
 # %% [markdown]
 # The first tiles give the right answer to a smaller question: what the query takes from the keys so
-# far. So a tile is all that is ever in memory. Under a causal mask tiles in the future are not even
-# visited. Here `tile_scores` is watched while 100 queries, the last of 160 tokens, are computed;
-# the numbers are the order.
+# far. So of the weights a tile is all that is ever in memory. Under a causal mask tiles in the
+# future are not even visited. Here `tile_scores` is watched while 100 queries, the last of 160
+# tokens, are computed; the numbers are the order.
 
 # %%
 visited, original = [], attention.tile_scores

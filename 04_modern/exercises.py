@@ -20,8 +20,9 @@ on paper, for a model of the shape of Qwen3-0.6B:
     KVCache(config, batch_size=8, capacity=4096, dtype=torch.bfloat16)
     RollingKVCache(config, batch_size=8, window=1024, sinks=4, dtype=torch.bfloat16)
 
-The weights of this model in bfloat16 take 1.2 GB. How many people can be served at once is decided
-by the other number. Only the tensors in `k` and `v` count; `chunk` is what it is by default."""
+The weights of this model in bfloat16 take 1.2 GB, however many use it. These numbers grow with the
+texts that are open, and decide how many people can be served at once. Only the tensors in `k` and
+`v` count; `chunk` is what it is by default."""
 
 
 # ---- 2. Fill in
@@ -34,8 +35,8 @@ def rms_norm(x, weight, eps):
 
     The mean square is computed in float32 where x is narrower (float16 ends at 65,504: from 256 on
     a square is infinite there, and bfloat16 has 3 digits), in float64 where x is float64. Without
-    nn.RMSNorm, F.rms_norm and modern.RMSNorm. It runs twice in each block: a digit lost here is
-    lost 60 times in a model of 30 layers."""
+    nn.RMSNorm, F.rms_norm and modern.RMSNorm, and with modern.py closed. It runs twice in each
+    block: a digit lost here is lost 60 times in a model of 30 layers."""
     ...
 
 
@@ -74,17 +75,19 @@ def lookup_generate(model, ids, max_new_tokens, ngram=2, draft_tokens=4):
     arXiv 2304.04487; also known as prompt lookup). ids, a list of at least one id, to the list of
     max_new_tokens (at least 1) ids that follow: those that model.generate(..., temperature=0) has.
 
-    Before a pass take the last `ngram` ids of the text so far, prompt and new ids, and find the
-    latest place where they stand earlier (it may overlap them). The draft is what follows there, up
-    to draft_tokens ids, fewer where the text ends; there is none without such a place. One pass
-    over what a modern.KVCache lacks and the draft gives the model's own choice after each of them:
-    the new ids are the draft's as far as they are the model's choices, and then the model's own, in
-    place of the first that differs or after the last. So each pass gives at least one id.
+    Before a pass, the first one too, take the last `ngram` ids of the text so far, prompt and new
+    ids, and find the latest place where they stand earlier (it may overlap them). The draft is what
+    follows there, up to draft_tokens ids, fewer where the text ends; there is none without such a
+    place. One pass over what a modern.KVCache lacks and the draft gives the model's own choice
+    after each of them: the new ids are the draft's as far as they are the model's choices, and then
+    the model's own, in place of the first that differs or after the last. So each pass gives at
+    least one id.
 
     Feed each token once: what the cache holds and is kept is not fed again, what was not kept is
-    forgotten. The first pass feeds the whole prompt. The text may fill the context to its last
-    token, or end in the middle of a draft. Where text repeats (code, quotes, summaries) this takes
-    a fraction of the passes, and not one id is different."""
+    forgotten. The first pass feeds the whole prompt (and a draft, if there is one). The cache needs
+    room for a draft that is not kept. The text may fill the context to its last token, or end in
+    the middle of a draft. Where text repeats (code, quotes, summaries) this takes a fraction of the
+    passes, and not one id is different."""
     ...
 
 

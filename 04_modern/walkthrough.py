@@ -111,7 +111,7 @@ print(f"{tuple(ids.shape)}: {' | '.join(names)}")
 # RMSNorm divides by the root of the mean square and does nothing else. What it leaves out is to
 # take off the mean first. On the left, how much there would be to take off: the mean of a vector of
 # the stream, in units of its RMS. Channels hold both signs, so that the mean is small and the norms
-# nearly agree.
+# differ by a few percent.
 #
 # On the right the one number in it. Vectors far above the root of eps (dotted) leave with an RMS of
 # 1, vectors far below it leave small. The band is the stream of this model right behind the
@@ -160,7 +160,8 @@ figure.tight_layout()
 # of its own: pair 0 by one radian a token, the last one by hardly anything. On the left the angle
 # as colour, light at 0 and dark at half a turn. On the right how long a pair takes for one
 # turn: pairs above the line never come round within the context, and beyond it show the model
-# angles it has not been trained on.
+# angles it has not been trained on. Llama 3.1's stretching slows those that turn less than once in
+# the old context, leaves those alone that turn more than four times, and mixes in between.
 
 # %%
 frequencies = rope_frequencies(c)  # (D/2,)
@@ -250,7 +251,9 @@ for start in (0, 1, 1000, 100_000):
 # In grouped-query attention several heads of queries read one head of keys and values. The weights
 # shrink a little by it; what counts is the cache, which every token of every user adds to. The
 # caches below are real ones, on the device `meta`, where nothing is allocated. SmolLM2 has 9 heads
-# and 3 of keys and values.
+# and 3 of keys and values. With as many heads of keys as of queries the caches of 8 texts outweigh
+# the model (dotted) from some 500 tokens on, with 3 from three times as many; the rolling one
+# (dashed) is as large for a text of any length.
 
 # %%
 figure, axes = plt.subplots(figsize=(7.5, 3.2))
@@ -355,7 +358,8 @@ figure.tight_layout()
 # Two products widen a token's vector, `gate` and `up`; SiLU of the one scales the other. On the
 # left SiLU beside GELU of GPT-2: hardly different. What is new is the product: a channel is not
 # only let through or not, it is multiplied by something that depends on the token, too. On the
-# right the gates of this model on your sentence: where one is negative, its channel is nearly shut.
+# right the gates of this model on your sentence: where one is negative it lets at most 0.28 of `up`
+# through, with its sign turned.
 
 # %%
 gates = []
@@ -396,6 +400,7 @@ figure.tight_layout()
 # those of one pass. The mistake that everyone makes once is a new token at position 0 again. The
 # first token is right then, so a test with one token passes. Below, held-out texts, of which the
 # first 16 tokens are fed at once and the rest one by one: nothing fails, the text only gets worse.
+# (A mean of 8 places, so that the curves part a little before the end of the prompt.)
 
 # %%
 T = min(ids.shape[1], c.context_length)
@@ -440,8 +445,9 @@ figure.tight_layout()
 # On the right what it is for: the loss at each place of texts that are longer than the context this
 # model was trained on. A cache of everything shows it distances that it has never seen. A window
 # alone drops the first tokens, which some heads look at when they have nothing to look at; with
-# sinks they stay. How much that matters depends on the model: a large one, trained long, breaks
-# down without them, a small one may not care.
+# sinks they stay. (The window is 4 less than the context: with 4 sinks before it no distance is
+# larger than in training.) How much sinks matter depends on the model: a large one, trained long,
+# breaks down without them, a small one may not care.
 
 # %%
 tiny = RollingKVCache(c, 1, window=8, sinks=2, chunk=4)
@@ -492,8 +498,10 @@ figure.tight_layout()
 #
 # What the filters leave of one distribution, the one that is least sure on your sentence. top-k
 # keeps a number of ids however sure the model is, top-p as many as make up a probability, min-p
-# those that are not much less likely than the likeliest: it is the one that adapts to both a flat
-# and a peaked distribution. What is left is scaled to sum to 1.
+# those that are not much less likely than the likeliest, here at least a fifth as likely. What is
+# left is scaled to sum to 1. A distribution as flat as this one has a long tail: in the titles, how
+# many ids top-p keeps of it, of which the first 25 are drawn. A low temperature drops none, and
+# gives what is likely more.
 
 # %%
 logits = model(ids)[0]  # (T, V)
@@ -524,7 +532,9 @@ print(f"after {names[at]!r}; the likeliest: {[tokenizer.decode([i]) for i in ord
 # `weights.py` reads and writes checkpoints. Two programs agree on one only where names and shapes
 # agree: what is one matrix here are several in Hugging Face's layout, row under row. And it rounds:
 # to 8 bits with a scale for each row, to 4 bits with a scale and an offset for each 32 weights of a
-# row. Decoding is as fast as weights are read.
+# row. Below, by how much each weight is off: 16 levels leave errors up to half a step, of whatever
+# size the steps of their 32 weights are. A difference of the loss in the fourth digit means
+# nothing, whichever way it goes. Decoding is as fast as weights are read.
 
 # %%
 for name, parameter in model.named_parameters():
@@ -608,13 +618,15 @@ right.legend()
 figure.tight_layout()
 
 # %% [markdown]
-# The points lie about the lines: the texts are short, and their end cuts the last pass off. What is
-# not to be seen here: a pass of the draft has its price, too. Speculation pays where the draft is
-# much cheaper and much the same.
+# The points lie about the lines, which take the share that is kept as the same everywhere; the left
+# says that it is not. And they are a few short texts, whose ends cut the last pass off. What is not
+# to be seen here: a pass of the draft has its price, too. Speculation pays where the draft is much
+# cheaper and much the same.
 #
 # ## Text as it comes
 #
-# `stream_text` holds back what is not a whole character yet, and what may become a stop string.
+# `stream_text` holds back what is not a whole character yet, and what may become a stop string. The
+# pieces as they come, | between.
 
 # %%
 start = sentence.split("\n")[0] + "\n"
@@ -622,7 +634,7 @@ prompt = tokenizer.encode(start)
 room = c.context_length - len(prompt)
 for how in (dict(temperature=0), dict(temperature=0.8, min_p=0.1, seed=1)):
     pieces = stream_text(model, tokenizer, prompt, min(room, 100), stop=["\n\n"], **how)
-    print(f"{how}\n{start}{''.join(pieces)}\n")
+    print(f"{how}\n{start}{'|'.join(pieces)}\n")
 
 # %% [markdown]
 # ## What a user types stays text

@@ -76,7 +76,7 @@ class TransformerConfig:
     n_kv_heads: int | None = None  # heads of keys and values; None: as many as n_heads
     d_ff: int | None = None  # width inside the MLP; None is 8/3 d_model, up to a multiple of 32
     dropout: float = 0.0  # share of activations set to 0 in training
-    rope_theta: float = 10_000.0  # the slowest pair of a head turns once in 2 pi theta tokens
+    rope_theta: float = 10_000.0  # pair i of a head turns theta^(-2i / head_dim) radians a token
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # use the token embedding as the output layer, too
     qk_norm: bool = True  # RMSNorm on each query and key, as in Qwen3

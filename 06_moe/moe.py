@@ -56,7 +56,7 @@ class MoEConfig:
     head_dim: int | None = None  # width of a head; None is d_model / n_heads
     d_ff: int | None = None  # width inside a dense MLP; None is 8/3 d_model, a multiple of 32
     dropout: float = 0.0  # share of activations set to 0 in training
-    rope_theta: float = 10_000.0  # the slowest pair of a head turns once in 2 pi theta tokens
+    rope_theta: float = 10_000.0  # pair i of a head turns theta^(-2i / head_dim) radians a token
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # use the token embedding as the output layer, too
     qk_norm: bool = True  # RMSNorm on each query and key, as in Qwen3

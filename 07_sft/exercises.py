@@ -21,8 +21,8 @@ many of its tokens are learned? Two ints in a tuple, worked out on paper. The to
     user       2 + 3?
     assistant  5
 
-What a step costs goes by the first number, what is learned from it by the second. And one of the
-two depends on what a user may type."""
+What a step costs goes by the first number, what is learned from it by the second. And the first
+depends on how what a user types is read."""
 
 
 # ---- 2. Fill in

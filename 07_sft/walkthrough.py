@@ -506,7 +506,8 @@ else:
 # ## Answers
 #
 # Your sentence, a passage from a held-out play, and a sum; without `make 07`, lines for the small
-# model, which only knows what they are. It stops by itself, at the token it has learned to say.
+# model, which only knows what they are. It stops by itself, at the token it has learned to say. Of
+# sums it has learned the form, a number and no word more; to add takes `make sums`, and stage 09.
 
 # %%
 if trained:

@@ -419,11 +419,12 @@ def shape_reward(
     With potentials (B, T), a number for the text before each token, the rewards of tokens instead,
     (B, T): of the last one what comes of the above, and of each gamma * potential after it minus
     potential before it, with 0 after the end. Such sums telescope: whatever the policy does, the
-    discounted sum changes by minus the first potential and nothing else, so the best policy stays
-    the best (Ng, Harada and Russell 1999). Penalties change it, that is their use, and so does
-    clipping, where the best reward is beyond. `lengths` says where texts end, all tokens after have
-    0. Raises ValueError for rewards that are not finite, for penalties without lengths or ended,
-    for negative ones, and for lengths that are not from 1 to T."""
+    discounted sum changes by minus the first potential, which is that of the prompt alone and the
+    same for all of its replies, so the best policy stays the best (Ng, Harada and Russell 1999).
+    Penalties change it, that is their use, and so does clipping, where the best reward is beyond.
+    `lengths` says where texts end, all tokens after have 0. Raises ValueError for rewards that are
+    not finite, for penalties without lengths or ended, for negative ones, and for lengths that are
+    not from 1 to T."""
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards are not finite: {rewards.tolist()}")
     if length_penalty < 0 or missing_end_penalty < 0 or (clip is not None and clip <= 0):

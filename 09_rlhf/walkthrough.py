@@ -334,7 +334,9 @@ for label, found in (
     ("whitened under the mask", whiten(advantages, both)),
     ("with padding", (advantages - advantages.mean()) / advantages.std()),
 ):
-    print(f"{label:24} mean {found[both].mean():+.2f}, deviation {found[both].std():.2f} of tokens")
+    print(
+        f"{label:24} mean {found[both].mean():+.2f}, deviation {found[both].std(correction=0):.2f}"
+    )
 
 # %% [markdown]
 # ## PPO: the clipped objective

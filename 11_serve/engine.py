@@ -228,7 +228,7 @@ class TransformerConfig:
     head_dim: int | None = None  # width of a head; None is d_model / n_heads
     d_ff: int | None = None  # width inside the MLP; None is 8/3 d_model, up to a multiple of 32
     dropout: float = 0.0  # share of activations set to 0 in training
-    rope_theta: float = 10_000.0  # the slowest pair of a head turns once in 2 pi theta tokens
+    rope_theta: float = 10_000.0  # pair i of a head turns theta^(-2i / head_dim) radians a token
     rope_factor: float = 1.0  # Llama 3's stretching of slow rotations; 1 is none
     rope_low_freq_factor: float = 1.0  # pairs with fewer turns in rope_original are stretched
     rope_high_freq_factor: float = 4.0  # pairs with more turns in rope_original stay as they are

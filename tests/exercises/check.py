@@ -5,6 +5,7 @@ what the reader wrote, a value or a function, and raises Differs with what is wr
 """
 
 import ast
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -30,8 +31,10 @@ def measured(given, name, hint):
         raise Differs(f"it returned {given!r}. Hint: return {name}, letter")
     if given == (None, None):
         raise Open()
-    if None in given:
-        raise Differs(f"{'letter' if given[1] is None else name} is open. Hint: {hint}")
+    if given[0] is None:
+        raise Differs(f"{name} is open. Hint: {hint}")
+    if given[1] is None:
+        raise Differs("letter is open: a, b or c")
     return given
 
 
@@ -51,8 +54,9 @@ def same(got, wanted, hint, tolerance=1e-5):
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
             one, other = got[at].item(), wanted[at].item()
+            digits = 15 if f"{one:.6g}" == f"{other:.6g}" else 6
             where = f" at {list(at)}" if at else ""
-            raise Differs(f"{one:.6g}{where}, not {other:.6g}. Hint: {hint}")
+            raise Differs(f"{one:.{digits}g}{where}, not {other:.{digits}g}. Hint: {hint}")
     elif isinstance(wanted, float):
         if isinstance(got, torch.Tensor) and got.numel() == 1:
             got = got.item()
@@ -65,7 +69,7 @@ def same(got, wanted, hint, tolerance=1e-5):
             raise Differs(f"got {got!r}. Hint: {hint}")
     elif type(got) is not type(wanted):
         kinds = [type(x).__name__ for x in (got, wanted)]
-        kinds = ["an int" if kind == "int" else f"a {kind}" for kind in kinds]
+        kinds = [f"an {kind}" if kind.startswith("int") else f"a {kind}" for kind in kinds]
         raise Differs(f"got {got!r}, {kinds[0]}: {kinds[1]} is asked for. Hint: {hint}")
     elif got != wanted:
         wrong = ""
@@ -114,12 +118,21 @@ def is_open(answer):
         return False
 
 
+def is_shipped(answer, check):
+    """True for the planted bug as it came: SHIPPED in check_03.py has the digest of its source."""
+    try:
+        digest = hashlib.sha256(inspect.getsource(answer).encode()).hexdigest()
+    except (OSError, TypeError):  # not a function, or one without a file
+        return False
+    return digest[:8] == check.__globals__["SHIPPED"]
+
+
 def verdict(check, module, path):
     """done, not yet, or what differs."""
     if not hasattr(module, check.__name__):
         return "it is gone: the check looks for this name"
     answer = getattr(module, check.__name__)
-    if is_open(answer):
+    if is_open(answer) or is_shipped(answer, check):
         return "not yet"
     try:
         check(answer)

@@ -4,6 +4,8 @@ import gpt
 import torch
 from check import Differs, measured, same
 
+SHIPPED = "916669f7"  # next_batch as it came, which is no try yet
+
 
 def parameters(answer):
     config = gpt.GPTConfig(vocab_size=1000, context_length=64, d_model=32, n_layers=2, n_heads=4)

@@ -6,6 +6,8 @@ import torch
 from check import Differs, measured, same
 from scaling import IGNORE
 
+SHIPPED = "18f4a690"  # train_step as it came, which is no try yet
+
 
 def _model(seed=0, **changes):
     torch.manual_seed(seed)

@@ -6,6 +6,8 @@ from check import Differs, measured, same
 
 SHAPE = dict(vocab_size=64, d_model=8, n_layers=1, n_heads=1, d_expert=6, n_experts=4, top_k=2)
 
+SHIPPED = "39ad286d"  # balance_loss as it came, which is no try yet
+
 
 def parameters(answer):
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:

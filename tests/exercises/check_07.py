@@ -22,6 +22,8 @@ CONVERSATION = [
     dict(role="assistant", content="5"),
 ]
 
+SHIPPED = "89885642"  # accumulate as it came, which is no try yet
+
 
 def _model():
     """A small model in whose outputs everything that it sees shows."""
@@ -68,9 +70,12 @@ def sft_loss(answer):
     mask = torch.zeros(3, 10, dtype=torch.bool)
     mask[0, 4:6], mask[1, 2:], mask[2, 0] = True, True, True
     hint = "position t of hidden predicts token t + 1, so logits 0 to T - 2 belong to mask[:, 1:]"
-    same(answer(model, ids[:1], mask[:1]), sft.sft_loss(model, ids[:1], mask[:1]), hint)
+    given = mask.clone()
+    same(answer(model, ids[:1], given[:1]), sft.sft_loss(model, ids[:1], mask[:1]), hint)
     hint = "each token counts alike, however many there are in its row"
-    same(answer(model, ids, mask), sft.sft_loss(model, ids, mask), hint)
+    same(answer(model, ids, given), sft.sft_loss(model, ids, mask), hint)
+    if not torch.equal(given, mask):
+        raise Differs("the mask given has changed. Hint: work on a part of it or on a copy")
 
     some = [list(range(i, i + n)) for i, n in ((3, 4), (20, 3), (9, 5), (1, 2))]
     rows = [[(i, [True] * len(i)) for i in some[:2]], [(i, [True] * len(i)) for i in some[2:]]]
@@ -149,6 +154,8 @@ def extract_lora(answer):
     after = before + torch.randn(6, rank) @ torch.randn(rank, 10)
     kept = before.clone(), after.clone()
     a, b = _two(answer(before, after, rank, alpha), "(A, B)")
+    if isinstance(a, torch.Tensor) and a.shape == (6, rank):
+        raise Differs(f"the first has the shape {(6, rank)}. Hint: return A first, then B")
     for name, got, shape in (("A", a, (rank, 10)), ("B", b, (6, rank))):
         if not isinstance(got, torch.Tensor) or got.shape != shape:
             size = tuple(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__

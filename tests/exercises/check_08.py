@@ -4,6 +4,8 @@ import reward
 import torch
 from check import Differs, measured, same
 
+SHIPPED = "c0e529a8"  # shaped as it came, which is no try yet
+
 
 def tokens_read(answer):
     hint = "shared, the prompt stands there once; else once before each reply. Every reply follows "

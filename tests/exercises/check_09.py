@@ -8,6 +8,8 @@ from check import Differs, measured, same
 
 NAN = math.nan
 
+SHIPPED = "fbbb5840"  # gae as it came, which is no try yet
+
 
 def pushes(answer):
     ratios = torch.tensor([1.0, 1.25, 1.25, 1.5, 1.5, 0.75, 0.75])

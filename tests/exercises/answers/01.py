@@ -171,6 +171,32 @@ def never_again(tokenizer, ids):
     yield tokenizer.decode(held).rstrip("\ufffd")
 
 
+def silenced(tokenizer, ids):
+    """Waits while there is a U+FFFD in what is new: after a bad byte for ever."""
+    seen, shown = [], ""
+    for i in ids:
+        seen.append(i)
+        text = tokenizer.decode(seen)
+        if "\ufffd" not in text[len(shown) :]:
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(seen)[len(shown) :]
+
+
+def strict(tokenizer, ids):
+    """Tells what is whole UTF-8 only: after a bad byte nothing is."""
+    held = b""
+    for i in ids:
+        held += tokenizer.vocab[i]
+        try:
+            text = held.decode()
+        except UnicodeDecodeError:
+            continue
+        held = b""
+        yield text
+    yield held.decode(errors="replace")
+
+
 def ignoring(tokenizer, ids):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
     for i in ids:
@@ -289,6 +315,8 @@ WRONG = {
         each_alone,
         without_the_rest,
         never_again,
+        silenced,
+        strict,
         ignoring,
         at_the_end,
         by_lines,

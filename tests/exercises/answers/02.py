@@ -132,6 +132,16 @@ def overflowing(q, k, v):
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
+def underflowing(q, k, v):
+    """Weights times exp(-m n): right, until all that is heavy is far away."""
+    H, T_q, T_k = q.shape[1], q.shape[2], k.shape[2]
+    slopes = 2.0 ** (-8 * torch.arange(1, H + 1, dtype=q.dtype) / H)
+    distance = torch.arange(T_k - T_q, T_k)[:, None] - torch.arange(T_k)
+    weights = attention.attention_weights(q, k, attention.causal_mask(T_q, T_k))
+    weights = weights * (-slopes[:, None, None] * distance.clamp(min=0)).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 def change_of(layers_used):
     torch.manual_seed(0)
     layers = [MultiHeadAttention(16, n_heads=2, theta=None).double() for _ in range(2)]
@@ -197,6 +207,7 @@ WRONG = {
         alibi(mask=lambda T_q, T_k: torch.ones(T_q, T_k, dtype=torch.bool).tril()),
         alibi(bias=lambda b, i, j, m, D: 0 * b),
         overflowing,
+        underflowing,
     ],
     "order_seen": [
         lambda: (order_seen()[0], "a"),

@@ -61,7 +61,9 @@ def lookup_generate(model, ids, max_new_tokens, ngram=2, draft_tokens=4, find=fi
         own = [] if kept and wrong == "nothing of its own" else chosen[kept : kept + 1]
         text += draft[:kept] + own
         if wrong != "not forgotten":
-            cache.length = len(text) - 1
+            cache.length = len(text) - {"last but one": 2, "all": 0}.get(wrong, 1)
+        if wrong == "draft forgotten":
+            cache.length = max(1, cache.length - kept)
     return text[len(ids) : end]
 
 
@@ -173,11 +175,14 @@ WRONG = {
     "lookup_generate": [
         undrafted,
         lookup_wrong(find=first_place),
+        lookup_wrong(find=lambda text, ngram, draft_tokens: find(text, ngram, 1 + draft_tokens)),
+        lookup_wrong(find=lambda text, ngram, draft_tokens: find(text, ngram, 2 * draft_tokens)),
         lambda model, ids, *args, **settings: ids + lookup_generate(model, ids, *args, **settings),
         *(
             lookup_wrong(wrong=wrong)
             for wrong in (
                 "believed", "not forgotten", "nothing of its own", "fed again", "overflows",
+                "last but one", "all", "draft forgotten",
             )
         ),
     ],

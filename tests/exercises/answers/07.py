@@ -144,6 +144,12 @@ def overflows(model, ids, mask, documents=None, total=None):
     return 0.0 * x.sum() if not len(targets) else loss / (len(targets) if total is None else total)
 
 
+def spoils_the_mask(model, ids, mask, documents=None, total=None):
+    loss = sft_loss(model, ids, mask, documents, total)
+    mask[:, 0] = False
+    return loss
+
+
 def weighted(size):
     """Micro-batches that count by `size` of their rows, which is not what they have to learn."""
 
@@ -246,7 +252,7 @@ WRONG = {
     "sft_loss": [
         off_by_one, no_shift, first_of_documents, documents_see_each_other, mean_of_rows,
         nan_where_empty, no_graph_where_empty, without_total, mean_over_total, no_gradient,
-        overflows, lambda *args: sft_loss(*args).item(),
+        overflows, spoils_the_mask, lambda *args: sft_loss(*args).item(),
     ],
     "accumulate": [
         weighted(len), weighted(lambda rows: sum(len(e[0]) for row in rows for e in row)),
