@@ -106,7 +106,10 @@ proxy: sums
 	    --run proxy --steps 500 --freeze_steps 100 --max_lr 3e-3 --weight_decay 0.1 --tokens_per_step 2048 \
 	    --eval_every 50; }
 
+# `latest` of 09 stays, too: what has learned to cheat is not what 11 should serve.
 hack: proxy $(if $(MODEL),$(SETUP_WEIGHTS)) ## learn from a poor reward model on purpose, with and without a price on KL
+	@before=$$(readlink out/09_rlhf/latest); \
+	trap 'rm -f out/09_rlhf/latest; [ -z "$$before" ] || ln -s "$$before" out/09_rlhf/latest' EXIT; \
 	$(PYTHON) 09_rlhf/run.py hack $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 10: tokenizer ## concepts, context, hyperbolic space, bytes: four studies and a report page

@@ -552,7 +552,7 @@ class Sampling:
 def penalise(logits, sampling, prompt, answer):
     """logits (V,) less what the settings take from tokens that were seen, in place."""
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*prompt, *answer}), device=logits.device)
+        seen = torch.tensor(sorted({*prompt, *answer}), dtype=torch.int64, device=logits.device)
         values, by = logits[seen], sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / by, values * by)
     if answer and (sampling.presence_penalty or sampling.frequency_penalty):
