@@ -107,7 +107,7 @@ def prepare(o):
     trunk = inputs.load_model(inputs.find_model(None), torch.device("cpu"))
     tokenizer, template, _ = inputs.with_template(trunk, "auto")
     trunk.config.context_length = max(trunk.config.context_length, o.context_length)
-    reward.deepen(trunk, 1)
+    reward.deepen(trunk, 2)
     reward.RewardModel(trunk).save_pretrained(HOME / "start")
     learned, held_out = preferences.dataset()
     if not 6 * o.batch <= o.pairs <= len(learned):

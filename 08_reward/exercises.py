@@ -40,7 +40,8 @@ def shaped(rewards, lengths, potentials, gamma=1.0):
     each gets gamma * potential after it minus potential before it (Ng, Harada and Russell 1999).
 
     Whatever the potentials are, the best policy should stay the best. With this one a policy learns
-    to end wherever the potential happens to be high, though in a batch of one nothing is wrong."""
+    to end wherever the potential happens to be high, though where every reply fills its row nothing
+    is wrong."""
     steps = torch.arange(potentials.shape[1])  # (T,)
     inside, last = steps < lengths[:, None], steps == lengths[:, None] - 1  # (B, T)
     after = torch.cat([potentials[:, 1:], torch.zeros_like(potentials[:, :1])], dim=1)
@@ -89,6 +90,5 @@ def across_prompts():
         for x, slope in zip((chosen, rejected), torch.autograd.grad(loss, (chosen, rejected))):
             x.data -= 10 * slope
     better, worse = (chosen + prompt).detach(), (rejected + prompt).detach()  # (400,)
-    within = (better > worse).float().mean().item()
     share, letter = None, None  # yours: use better and worse
     return share, letter

@@ -4,8 +4,8 @@ What it teaches: an accuracy says how often the better reply is ahead; whether a
 the 73% it claims, calibration; and whether the longer reply is ahead for being longer, a probe.
 
 Parent: 07_sft/scores.py (interval)
-New: ahead, groups, accuracy, calibration, by_margin, length_bias, shared_words, lines, plot,
-    examples
+New: ahead, groups, accuracy, calibration, by_margin, length_bias, shared_words,
+    last_stop, lines, plot, examples
 
 Expected calibration error: Guo et al. 2017, arXiv 1706.04599.
 """
@@ -110,16 +110,29 @@ def shared_words(rows, pairs, learned):
     ]
 
 
-def lines(rows, before, shared):
-    """Accuracy by kind as text, beside two judges without training: likelihood and shared words."""
-    found = [f"{'held-out pairs':16}{'n':>6}  by likelihood  by shared words   by reward   95%"]
+def last_stop(rows, pairs):
+    """The same rows with the judge that looks at the last character: 1 for a mark, 0 for a letter.
+    A defect that any text shows at its end is learned from there, and nothing else of it."""
+    return [
+        row
+        | {r: float(bool(re.search(r"\W$", pairs[row["pair"]][r]))) for r in ("chosen", "rejected")}
+        for row in rows
+    ]
+
+
+def lines(rows, others):
+    """Accuracy by kind as text, beside {name: rows} of judges that were not trained for it."""
+    widths = [len(name) + 3 for name in others]
+    head = "".join(f"{name:>{width}}" for name, width in zip(others, widths))
+    found = [f"{'held-out pairs':16}{'n':>6}{head}   by reward   95%"]
     for name, part in groups(rows).items():
         share, low, high = accuracy(part)
         goal = GOALS.get(name) if rows[0]["kind"] else None
-        others = (accuracy(groups(other)[name])[0] for other in (before, shared))
+        shares = [accuracy(groups(other)[name])[0] for other in others.values()]
         found.append(
-            f"{name:16}{len(part):6}  {next(others):13.1%}{next(others):17.1%}{share:12.1%}"
-            f"   {low:.1%} to {high:.1%}"
+            f"{name:16}{len(part):6}"
+            + "".join(f"{x:{width}.1%}" for x, width in zip(shares, widths))
+            + f"{share:12.1%}   {low:.1%} to {high:.1%}"
             + (f"   goal {goal:.0%}: {'met' if share >= goal else 'missed'}" if goal else "")
         )
     return found

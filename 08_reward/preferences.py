@@ -2,8 +2,9 @@
 
 What it teaches: a reward model learns whatever tells the chosen from the rejected, so the wrong
 replies have to be wrong in ways that matter, of several kinds, and alike in the rest: here they are
-as long as the right ones wherever their kind allows it. The six held-out plays are for testing;
-nothing of them is trained on.
+about as long as the right ones, and begin and end as they do, wherever their kind allows it. (Words
+in another order seldom begin with a capital and end in a stop, and to look for that is easier than
+to read.) The six held-out plays are for testing; nothing of them is trained on.
 
 Parent: none
 New: everything
@@ -12,6 +13,7 @@ Read in this order: the four corruptions, contexts, dataset.
 """
 
 import bisect
+import itertools
 import random
 import re
 
@@ -32,12 +34,20 @@ def as_lines(words, text):
     return "\n".join(filter(None, lines))
 
 
+def taken_apart(text):
+    """(first word, the other words, the marks at the end) of a text."""
+    body = re.sub(r"\W+$", "", text)
+    first, *words = body.split()
+    return first, words, text[len(body) :]
+
+
 def shuffled(text, draw):
-    """Its words in another order."""
-    words = text.split()
-    while (order := draw.sample(words, len(words))) == words:
-        pass
-    return as_lines(order, text)
+    """Its words in another order, but for the first, and for the marks at its end."""
+    first, words, marks = taken_apart(text)
+    order = words
+    while order == words and len(set(words)) > 1:
+        order = draw.sample(words, len(words))
+    return re.sub(r"\W+$", "", as_lines([first, *order], text)) + marks
 
 
 def misspelt(text, draw):
@@ -56,13 +66,15 @@ def misspelt(text, draw):
 
 
 def repeated(text, draw):
-    """Two to five of its words again and again, about as many letters as it has."""
-    words, found = text.split(), []
+    """Two to five of its words three times or more, behind its first word and before the marks at
+    its end, about as many letters as it has."""
+    (first, words, marks), found = taken_apart(text), []
     for _ in range(8):
-        n = draw.randint(2, max(2, min(5, len(words) // 2)))
+        n = draw.randint(2, max(2, min(5, len(words) // 3)))
         start = draw.randrange(len(words) - n + 1)
         phrase = words[start : start + n] * len(words)
-        found.append(as_lines(phrase[: len(words)], text))
+        one = as_lines([first, *phrase[: len(words)]], text)
+        found.append(re.sub(r"\W+$", "", one) + marks)
     return min(found, key=lambda one: abs(len(one) - len(text)))
 
 
@@ -110,8 +122,9 @@ def like(text, candidates, lengths, draw, fits):
 def dataset(seed=1, longest=240, shortest_reply=40, longest_reply=200):
     """(training, held-out) pairs {"prompt", "chosen", "rejected", "kind"}, those of a passage next
     to one another, passages in an order by chance; the same seed gives the same. Of each passage
-    three: the speech that follows, with its speaker's name, against one of another play, against
-    another speaker's of the same play, and corrupted, in four ways by turns."""
+    some: the speech that follows, with its speaker's name, against one of another play, against
+    another speaker's of the same play, and corrupted, in four ways by turns: two of them to learn
+    from, as they are many things to learn, and one held out, so that a third is of each sort."""
     draw, parts = random.Random(seed), [[], []]
     found = {name: contexts(items, longest) for name, items in sorted(common.plays().items())}
     for held_out in (False, True):
@@ -121,7 +134,7 @@ def dataset(seed=1, longest=240, shortest_reply=40, longest_reply=200):
         lengths = [len(speech[2]) for speech in speeches]
         of_play = {name: [s for s in speeches if s[0] == name] for name in names}
         in_play = {name: [len(s[2]) for s in of_play[name]] for name in names}
-        turn = 0
+        turns = itertools.cycle(CORRUPTED)
         for name in names:
             for before, speaker, text in found[name]:
                 if not shortest_reply <= len(text) <= longest_reply or len(text.split()) < 6:
@@ -131,16 +144,15 @@ def dataset(seed=1, longest=240, shortest_reply=40, longest_reply=200):
                 another = like(*mine, lambda s, who=speaker: s[1] != who)
                 if not other or not another:
                     continue
-                kind = list(CORRUPTED)[turn % len(CORRUPTED)]
-                spoilt = CORRUPTED[kind](text, draw)
-                if spoilt == text:
+                ways = [next(turns) for _ in range(1 if held_out else 2)]
+                spoilt = [(speaker, CORRUPTED[way](text, draw)) for way in ways]
+                if (speaker, text) in spoilt:
                     continue
-                turn += 1
                 asked = f"{render(before)}\n\n{draw.choice(PHRASES)}"
                 pair = dict(prompt=[dict(role="user", content=asked)])
                 pair["chosen"] = render([(speaker, text)])
-                wrong = (other[1:], another[1:], (speaker, spoilt))
-                named = zip((*KINDS[:2], kind), (render([one]) for one in wrong))
+                wrong = (other[1:], another[1:], *spoilt)
+                named = zip((*KINDS[:2], *ways), (render([one]) for one in wrong))
                 parts[held_out].append([pair | dict(rejected=r, kind=k) for k, r in named])
         draw.shuffle(parts[held_out])
     return [sum(part, []) for part in parts]

@@ -151,9 +151,10 @@ def encode_all(pairs, tokenizer, template, context_length, shared=True):
     """(examples, report): a prompt with its replies one after the other, (ids, marks), as long as
     they fit into context_length tokens. marks: (branch of each token, comparisons).
 
-    The prompt is branch 0, the replies are 1, 2, ...; without `shared` each reply has the prompt
-    before it once more, in its own branch. A prompt too long loses its first tokens; a pair whose
-    replies leave no room for one is left out. Raises ValueError where none remains."""
+    The prompt is branch 0, the replies are 1, 2, ...: the positions of each go on from the end of
+    the prompt. Without `shared` each reply has the prompt before it once more, in its own branch. A
+    prompt too long loses its first tokens; a pair whose replies leave no room for one is left out.
+    Raises ValueError where none remains."""
     examples, report = [], dict(truncated=0, left_out=0, tokens=0, pairs=0)
     groups = group(pairs)
     for messages, replies, comparisons in progress(
@@ -323,7 +324,8 @@ class RewardModel(nn.Module):
 
     `model(ids, lengths)`: rewards, float (B,), of ids (B, T) padded on the right, lengths (B,).
     The head begins at 0, so the first loss is log 2. With `bidirectional` each token sees the whole
-    text, as in an encoder; a model that was trained to continue has to get used to that."""
+    text, as in an encoder, which the trunk given becomes; a model that was trained to continue has
+    to get used to that."""
 
     def __init__(self, trunk, bidirectional=False):
         super().__init__()
@@ -375,17 +377,18 @@ class RewardModel(nn.Module):
 
 @torch.no_grad()
 def deepen(trunk, n):
-    """Put n blocks on top of a TransformerLM that change nothing yet: what they add begins at 0,
-    their attention at all tokens alike (Wu et al. 2024).
+    """Put n blocks on top of a TransformerLM: their attention begins at all tokens alike, their MLP
+    adds nothing yet (Wu et al. 2024 begin with both at 0).
 
     What the last block finds out about a token, such as that this name was among the speakers, it
-    is too late for the last token to gather: that takes one block more."""
+    is too late for the last token to gather: that takes one block more. So the mean over the tokens
+    is added from the start. Were it multiplied by 0, as the head is, then either would get its
+    gradient through the other, and neither any: both would wait."""
     config = trunk.config
     for _ in range(n):
         config.windows.append(config.window)
         block = Block(config, config.n_layers).to(trunk.token_embedding.weight)
         block.attention.qkv.weight[: config.n_heads * config.head_dim] = 0  # the queries
-        block.attention.out.weight.zero_()
         block.mlp.down.weight.zero_()
         trunk.blocks.append(block)
         config.n_layers += 1
@@ -451,7 +454,7 @@ class TrainConfig:
     packing: bool = True  # several prompts in a row; without, those of like length together
     shared: bool = True  # the replies to a prompt share it; without, each has it once more
     bidirectional: bool = False  # each token sees the whole text: an encoder
-    extra_blocks: int = 0  # blocks put on top of the model, which change nothing at first
+    extra_blocks: int = 0  # blocks put on top of the model
     freeze_steps: int = 0  # first steps, in which only these and the head learn
     loss: str = "bradley_terry"  # bradley_terry or margin
     margin: float = 1.0  # how far apart the two rewards have to be, of the margin loss
@@ -658,11 +661,12 @@ def shape_reward(
     With potentials (B, T), a number for the text before each token, the rewards of tokens instead,
     (B, T): of the last one what comes of the above, and of each gamma * potential after it minus
     potential before it, with 0 after the end. Such sums telescope: whatever the policy does, the
-    discounted sum changes by minus the first potential and nothing else, so the best policy stays
-    the best (Ng, Harada and Russell 1999). Penalties change it, that is their use, and so does
-    clipping, where the best reward is beyond. `lengths` says where texts end, all tokens after have
-    0. Raises ValueError for rewards that are not finite, for penalties without lengths or ended,
-    for negative ones, and for lengths that are not from 1 to T."""
+    discounted sum changes by minus the first potential, which is that of the prompt alone and the
+    same for all of its replies, so the best policy stays the best (Ng, Harada and Russell 1999).
+    Penalties change it, that is their use, and so does clipping, where the best reward is beyond.
+    `lengths` says where texts end, all tokens after have 0. Raises ValueError for rewards that are
+    not finite, for penalties without lengths or ended, for negative ones, and for lengths that are
+    not from 1 to T."""
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards are not finite: {rewards.tolist()}")
     if length_penalty < 0 or missing_end_penalty < 0 or (clip is not None and clip <= 0):

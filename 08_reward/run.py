@@ -21,8 +21,8 @@ from common import OUT, Run, atomic, build, main, pick_device, plot_loss, progre
 
 HERE = Path(__file__).resolve().parent
 # What a preset changes in TrainConfig: small for the models of 05 and 07, large for real ones.
-SMALL = dict(optimizer="muon", max_lr=6e-3, weight_decay=0.05, tokens_per_step=4096)
-SMALL |= dict(extra_blocks=1, freeze_steps=200, epochs=0.75)
+SMALL = dict(optimizer="muon", max_lr=4e-3, weight_decay=0.05, tokens_per_step=4096)
+SMALL |= dict(extra_blocks=2, freeze_steps=250, epochs=0.6)
 LARGE = dict(optimizer="adamw", max_lr=2e-5, tokens_per_step=4096, eval_every=50)
 PRESETS = {"small": SMALL, "large": LARGE}
 CONTEXT = {"small": 384, "large": 1024}  # longest prompt with its replies, and a row, tokens
@@ -43,7 +43,7 @@ class Start:
 @dataclass
 class Options:
     pairs: int | None = None  # train on this many pairs only
-    test_pairs: int = 1500  # held-out pairs that are judged at the end
+    test_pairs: int = 3000  # held-out pairs that are judged at the end
     context_length: int | None = None  # longest prompt with its replies, and a packed row, tokens
     preset: str = "auto"  # small or large; auto: large above 50 million parameters
     device: str = "auto"  # auto, cpu, cuda or cuda:1
@@ -55,7 +55,7 @@ class Options:
 @dataclass
 class JudgeOptions:
     model: str = str(OUT / "08_reward" / "latest")  # directory of a reward model
-    test_pairs: int = 1500  # held-out pairs that are judged
+    test_pairs: int = 3000  # held-out pairs that are judged
     device: str = "auto"  # auto, cpu, cuda or cuda:1
 
 
@@ -123,8 +123,6 @@ def train(given):
         reward.encode_all(part, *text, share)[0]
         for part, share in ((chooses, shared), (test, shared), (test, True))
     )
-    reward.deepen(trunk, how.extra_blocks)
-    model = reward.RewardModel(trunk, how.bidirectional).to(device)
     loader = reward.ExampleLoader(
         examples, context, how.tokens_per_step, how.micro_batch, how.packing, None, how.seed,
         reward.compared,
@@ -140,6 +138,12 @@ def train(given):
     if run.result:
         print(f"{run.dir} is finished: {summary(run.result)}")
         return print(f"go on with --steps {2 * how.steps}, or begin again with --fresh")
+    kept = run.dir / "before.json"
+    if not kept.exists():  # what the model thinks before it has learned to judge: the baseline
+        with atomic(kept, "w") as file:
+            json.dump(reward.likelihoods(trunk, asked), file)
+    reward.deepen(trunk, how.extra_blocks)
+    model = reward.RewardModel(trunk, how.bidirectional).to(device)
     more = f", {how.extra_blocks} of {trunk.config.n_layers} blocks new" * bool(how.extra_blocks)
     size = sum(p.numel() for p in model.parameters())
     print(f"model: {path or 'random'}, {size:,} parameters ({name}){more}")
@@ -160,12 +164,6 @@ def train(given):
         + f", {how.micro_batch or 'all'} rows at once; {how.steps / per_epoch:.1f} passes"
     )
     print(f"run: {run.dir}" + (" (going on)" if run.resume else ""), flush=True)
-    kept = run.dir / "before.json"
-    if not kept.exists():  # what the model without a head thinks: the baseline
-        trunk.causal = True
-        with atomic(kept, "w") as file:
-            json.dump(reward.likelihoods(trunk, asked), file)
-        trunk.causal = not how.bidirectional
     replies = compiled(
         model.replies, how.compile or (how.compile is None and device.type == "cuda")
     )
@@ -217,8 +215,12 @@ def train(given):
     after = reward.evaluate(testing, reward.score(model, testing), test)
     both = {row["pair"] for row in before} & {row["pair"] for row in after}  # what fits in either
     before, after = ([row for row in rows if row["pair"] in both] for rows in (before, after))
-    shared = figures.shared_words(after, test, learned)
-    print("\n".join(figures.lines(after, before, shared)))
+    others = {
+        "by likelihood": before,
+        "by shared words": figures.shared_words(after, test, learned),
+    }
+    others |= {"by the last mark": figures.last_stop(after, test)}
+    print("\n".join(figures.lines(after, others)))
     finish(run, name, source, options, test, before, after, device)
 
 

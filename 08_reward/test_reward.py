@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import runpy
 import signal
@@ -252,14 +253,28 @@ def test_transformers_reads_what_we_write_and_the_other_way(tmp_path, tied):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(window=3), dict(qk_norm=True)])
-def test_new_blocks_change_nothing_and_learn(changes, tmp_path):
+def test_new_blocks_add_a_mean_and_learn(changes, tmp_path):
     trunk, ids = new_model(**changes).trunk, torch.randint(259, (2, 12))
-    before = trunk(ids)
-    reward.deepen(trunk, 2)
+    before = trunk.norm.forward
+    trunk.norm.forward = lambda x: x  # what the blocks give
+    x = trunk.hidden(ids)
+    reward.deepen(trunk, 1)
+    block, window = trunk.blocks[-1], changes.get("window", 12)
+    c = trunk.config
+    v = (block.norm1(x) @ block.attention.qkv.weight.T)[..., -c.n_kv_heads * c.head_dim :]
+    means = [v[:, max(0, t + 1 - window) : t + 1].mean(1) for t in range(12)]
+    means = torch.stack(means, dim=1).unflatten(-1, (c.n_kv_heads, c.head_dim))
+    means = means.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2).flatten(2)
+    torch.testing.assert_close(trunk.hidden(ids) - x, block.attention.out(means))
+    trunk.norm.forward = before
+    reward.deepen(trunk, 1)
     assert len(trunk.blocks) == trunk.config.n_layers == 4
-    assert torch.equal(trunk(ids), before)
-    model, old = RewardModel(trunk), trunk.blocks[-1].attention.out.weight.clone()
+    model = RewardModel(trunk)
+    model(ids, torch.tensor([12, 7])).sum().backward()
+    assert model.head.weight.grad.abs().max() > 0  # and in the next step what is below it, too
+    model.zero_grad()
     torch.nn.init.ones_(model.head.weight)
+    old = trunk.blocks[-1].attention.out.weight.clone()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -574,12 +589,12 @@ def plays():
 
 
 def test_the_plays_give_each_kind_in_equal_shares(plays):
-    for part in plays:
+    for part, ways in zip(plays, (2, 1)):
         kinds = Counter(pair["kind"] for pair in part)
         spoilt = [kinds[kind] for kind in preferences.CORRUPTED]
-        assert kinds["another play"] == kinds["another speaker"] == sum(spoilt)
-        assert max(spoilt) - min(spoilt) <= 1 and len(kinds) == 6
-    assert len(plays[0]) > 20_000 and len(plays[1]) > 3_000
+        assert ways * kinds["another play"] == ways * kinds["another speaker"] == sum(spoilt)
+        assert max(spoilt) - min(spoilt) <= 10 and len(kinds) == 6  # some come out as they were
+    assert len(plays[0]) > 40_000 and len(plays[1]) > 5_000
 
 
 @pytest.fixture(scope="module")
@@ -615,14 +630,19 @@ def test_wrong_replies_are_wrong_as_their_kind_says(plays, said):
         by_kind[pair["kind"]].append((speech(pair["chosen"]), speech(pair["rejected"])))
     for kind in preferences.CORRUPTED:  # the name above it stays
         assert all(good[0] == bad[0] for good, bad in by_kind[kind])
+    for kind in ("shuffled", "repeated"):  # neither the beginning nor the end gives it away
+        for (_, good), (_, bad) in by_kind[kind]:
+            a, b = good.split(), bad.split()
+            assert len(a) == len(b) and a != b and a[0] == b[0]
+            assert re.search(r"\W*$", good)[0] == re.search(r"\W*$", bad)[0]
     for (_, good), (_, bad) in by_kind["shuffled"]:
-        assert sorted(bad.split()) == sorted(good.split()) and bad.split() != good.split()
+        assert sorted(re.findall(r"\w+", bad)) == sorted(re.findall(r"\w+", good))
     for (_, good), (_, bad) in by_kind["misspelt"]:
         a, b = good.split(), bad.split()
         assert len(a) == len(b) and 0 < sum(x != y for x, y in zip(a, b)) < len(a)
-    for (_, good), (_, bad) in by_kind["repeated"]:
-        a, b = good.split(), bad.split()
-        assert len(a) == len(b) and any(b == (b[:n] * 99)[: len(a)] for n in (2, 3, 4, 5))
+    for _, (_, bad) in by_kind["repeated"]:
+        b = bad.split()[1:-1]  # the last word may have lost a mark of its own
+        assert any(b == (b[:n] * 99)[: len(b)] for n in (2, 3, 4, 5) if 3 * n <= len(b) + 2)
     for (_, good), (_, bad) in by_kind["cut off"]:
         a, b = good.split(), bad.split()
         assert bad[-1].isalnum() and len(b) < len(a) and b[:-1] == a[: len(b) - 1]
@@ -669,9 +689,31 @@ def test_accuracy_counts_ties_as_half_and_names_the_corrupted_together():
     found = {name: figures.accuracy(part)[0] for name, part in figures.groups(rows).items()}
     assert found["corrupted"] == 0.5 and found["another speaker"] == 0.5
     assert list(figures.groups(rows_of([1.0]))) == ["all"]
-    text = "\n".join(figures.lines(rows, rows, rows_of([-1.0] * 4, kinds)))
+    text = "\n".join(figures.lines(rows, {"first": rows, "second": rows_of([-1.0] * 4, kinds)}))
+    assert re.search(r"held-out pairs +n +first +second +by reward", text)
     assert re.search(r"another play +1 +100\.0% +0\.0% +100\.0%", text)
     assert "goal 95%: missed" in text and "goal 70%: met" in text
+
+
+def test_words_that_are_all_the_same_stay_in_their_order():
+    draw = random.Random(0)
+    assert preferences.shuffled("Howl howl howl\nhowl!", draw) == "Howl howl howl\nhowl!"
+    other = preferences.shuffled("O, you are men\nof stones.", draw)
+    assert (
+        re.fullmatch(r"O, \w+ \w+ \w+\n\w+ \w+\.", other) and other != "O, you are men\nof stones."
+    )
+
+
+def test_the_last_mark_judges_without_a_model(plays):
+    test = [asked("Hi", "Yes.", "No"), asked("Hi", "no", "no!"), asked("Hi", "a", "b")]
+    found = figures.last_stop(rows_of([0.0] * 3), test)
+    assert figures.ahead(found).tolist() == [1, -1, 0]
+    spoilt = [pair for pair in plays[1] if pair["kind"] in preferences.CORRUPTED]
+    rows = rows_of([0.0] * len(spoilt), [pair["kind"] for pair in spoilt])
+    parts = figures.groups(figures.last_stop(rows, spoilt))
+    for kind in preferences.CORRUPTED:
+        share, _, _ = figures.accuracy(parts[kind])
+        assert share > 0.99 if kind == "cut off" else abs(share - 0.5) < 0.01, kind
 
 
 def test_shared_words_judge_without_a_model():

@@ -38,7 +38,7 @@ class TransformerConfig:
     head_dim: int | None = None  # width of a head; None is d_model / n_heads
     d_ff: int | None = None  # width inside the MLP; None is 8/3 d_model, up to a multiple of 32
     dropout: float = 0.0  # share of activations set to 0 in training
-    rope_theta: float = 10_000.0  # the slowest pair of a head turns once in 2 pi theta tokens
+    rope_theta: float = 10_000.0  # pair i of a head turns theta^(-2i / head_dim) radians a token
     rope_factor: float = 1.0  # Llama 3's stretching of slow rotations; 1 is none
     rope_low_freq_factor: float = 1.0  # pairs with fewer turns in rope_original are stretched
     rope_high_freq_factor: float = 4.0  # pairs with more turns in rope_original stay as they are
@@ -163,9 +163,9 @@ def attention_mask(queries, keys, window=None, sinks=0):
 def sink_attention(q, q_sink, k, v, mask, is_sink):
     """Attention in which the first tokens stay in sight as if they stood right before the window.
 
-    q (B, H, T, D) is rotated by its position, q_sink by what its position is to a sink: never
-    further than a window away, or a long stream would show the model distances it was not trained
-    on (Xiao et al. 2023). k, v (B, K, S, D), mask (B or 1, 1, T, S), is_sink (B or 1, 1, 1, S)."""
+    q (B, H, T, D) is rotated by its position, q_sink by what its position is to a sink: less than
+    window + sinks away, or a long stream would show the model distances it was not trained on
+    (Xiao et al. 2023). k, v (B, K, S, D), mask (B or 1, 1, T, S), is_sink (B or 1, 1, 1, S)."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, H, S, D)
     scores = torch.where(is_sink, q_sink @ k.mT, q @ k.mT) / math.sqrt(q.shape[-1])  # (B, H, T, S)

@@ -55,8 +55,10 @@ trained = (latest / "model.safetensors").exists()
 # ## Comparisons
 #
 # Of each passage of the plays the speech that follows, against one of another play, against
-# another speaker's, and corrupted. The wrong ones are about as long as the right one: otherwise
-# length alone would tell them apart, and the model would learn to measure it.
+# another speaker's, and corrupted. The wrong ones are about as long as the right one, and what is
+# shuffled or repeated begins with the same word and ends in the same marks: otherwise length or the
+# last character alone would tell them apart, and the model would learn to look for that. What is
+# cut off cannot be alike in either.
 
 # %%
 sizes = {} if trained else dict(longest=60, shortest_reply=30, longest_reply=60)
@@ -155,7 +157,7 @@ for shared in (True, False):
 # ## The loss of a comparison
 #
 # Only the lead counts: the chosen reward less the rejected one. Bradley and Terry's loss never
-# ends to ask for more, the margin loss does at its margin. A label of 0.8, people who agree in
+# stops asking for more, the margin loss does at its margin. A label of 0.8, people who agree in
 # four of five cases, has its lowest loss at a lead of log(0.8 / 0.2) = 1.39 and not at infinity.
 
 # %%
@@ -269,6 +271,7 @@ figure.tight_layout()
 #
 # If the lead rises with the difference in length, the model has learned to measure. In these
 # pairs length says little, as they were made so; only a reply that is cut off has to be shorter.
+# Without that kind there is hardly a correlation.
 
 # %%
 bias = figures.length_bias(rows)
@@ -280,7 +283,9 @@ for kind in sorted({row["kind"] for row in rows}):
     axes.scatter([], [], c=colours[kind], s=8, label=kind)
 axes.axhline(0, color="grey", linewidth=0.5)
 axes.set(xlabel="chosen longer by (characters)", ylabel="lead of the chosen (nats)")
-axes.set(title=f"correlation {bias['correlation']:.2f}")
+rest = figures.length_bias([row for row in rows if row["kind"] != "cut off"])
+title = f"correlation {bias['correlation']:.2f}, {rest['correlation']:.2f} without what is cut off"
+axes.set_title(title, fontsize=9)
 axes.legend(fontsize=7, loc="lower right")
 figure.tight_layout()
 
