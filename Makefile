@@ -103,7 +103,7 @@ proxy: sums
 	  trap 'rm -f out/08_reward/latest; [ -z "$$before" ] || ln -s "$$before" out/08_reward/latest' EXIT; \
 	  $(PYTHON) 09_rlhf/run.py pairs --n 5000 --max_new_tokens 6 --to out/09_rlhf/proxy.jsonl && \
 	  $(PYTHON) 08_reward/run.py train --data out/09_rlhf/proxy.jsonl --model out/07_sft/latest-sum \
-	    --run proxy --steps 500 --freeze_steps 100 --max_lr 3e-3 --weight_decay 0.1 --tokens_per_step 2048 \
+	    --run proxy --steps 500 --extra_blocks 1 --freeze_steps 100 --max_lr 3e-3 --weight_decay 0.1 --tokens_per_step 2048 \
 	    --eval_every 50; }
 
 # `latest` of 09 stays, too: what has learned to cheat is not what 11 should serve.

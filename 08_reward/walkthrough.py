@@ -55,10 +55,10 @@ trained = (latest / "model.safetensors").exists()
 # ## Comparisons
 #
 # Of each passage of the plays the speech that follows, against one of another play, against
-# another speaker's, and corrupted. The wrong ones are about as long as the right one, and what is
-# shuffled or repeated begins with the same word and ends in the same marks: otherwise length or the
-# last character alone would tell them apart, and the model would learn to look for that. What is
-# cut off cannot be alike in either.
+# another speaker's, and corrupted. The wrong ones are about as long as the right one (of another
+# speaker there are not always as many to choose from), and what is shuffled or repeated begins with
+# the same word and ends in the same marks: otherwise length or the last character alone would tell
+# them apart, and the model would learn to look for that. What is cut off cannot be alike in either.
 
 # %%
 sizes = {} if trained else dict(longest=60, shortest_reply=30, longest_reply=60)
@@ -192,14 +192,12 @@ for number in (-10.0, -90.0, -200.0):
 # ## Training
 #
 # A step: rows of examples, the rewards of all replies in them, the loss of all comparisons. The
-# first loss is log 2: a head of zeros gives every reply the same. The small model trained here gets
-# pairs whose two replies end alike; why, comes below.
+# first loss is log 2: a head of zeros gives every reply the same.
 
 # %%
 losses = {}
 if not trained:
-    pairs = [same_end(pair) for pair in easy(learned)]
-    examples, _ = reward.encode_all(pairs, tokenizer, template, context)
+    examples, _ = reward.encode_all(easy(learned), tokenizer, template, context)
     config = reward.TrainConfig(tokens_per_step=1536)
     loader = reward.ExampleLoader(examples, context, 1536, count=reward.compared)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -231,7 +229,7 @@ figure.tight_layout()
 
 # %%
 few = held_out[:600] if trained else easy(held_out)[:200]
-rows = judge(few if trained else [same_end(pair) for pair in few])
+rows = judge(few)
 groups = figures.groups(rows)
 figure, axes = plt.subplots(figsize=(7, 0.35 * len(groups) + 1))
 for name, part in reversed(groups.items()):
@@ -290,20 +288,21 @@ axes.legend(fontsize=7, loc="lower right")
 figure.tight_layout()
 
 # %% [markdown]
-# Length is not the only shortcut. Whoever shuffles, repeats or cuts off words mostly loses the stop
-# at the end, and to look for that is easier than to read. So the same pairs again, with the
-# rejected reply ending as the chosen one does. In the model of `make 08` misspelt words are found
-# as before; shuffled ones fall to about seven in ten, the other two nearly to chance: most of what
-# it seemed to know about them was the last character. (What is cut off and then given a stop is a
-# shorter speech and hardly a worse one.) The small model was never shown that shortcut. An
-# accuracy says that a model tells two replies apart, and never by what.
+# Length is not the only shortcut. Whoever exchanges words up to the last one mostly loses the stop
+# at the end, and to look for that is easier than to read. These pairs were once made so: a model
+# had 98% of what was corrupted, and of what repeats itself, where the ends were alike, just 50%. So
+# ask first what a judge gets right that looks at nothing but the last character.
+#
+# What is cut off cannot end alike, and the numbers show it. Below, the same pairs with the rejected
+# reply ending as the chosen one does. How far a kind falls is how much of it was the ending: for
+# what is cut off some of it. (Given a stop it is a shorter speech, and may hardly be a worse one.)
+# An accuracy says that a model tells two replies apart, and never by what.
 
 # %%
-stops = [[bool(re.search(r"\W$", pair[k])) for k in ("chosen", "rejected")] for pair in held_out]
 kinds = [kind for kind in preferences.CORRUPTED if kind in groups]
+last = figures.groups(figures.last_stop(rows, few))
 for kind in kinds:
-    lead = [a - b for (a, b), pair in zip(stops, held_out) if pair["kind"] == kind]
-    print(f"{kind:9} 'the one that ends in a stop is better': {np.mean(np.sign(lead) + 1) / 2:.1%}")
+    print(f"{kind:9} 'what ends in a mark is better': {figures.accuracy(last[kind])[0]:.1%}")
 spoilt = [pair for pair in few if pair["kind"] in kinds]
 figure, axes = plt.subplots(figsize=(7, 0.5 * len(kinds) + 1))
 versions = {"as they are": spoilt, "ending alike": [same_end(pair) for pair in spoilt]}
@@ -324,8 +323,8 @@ figure.tight_layout()
 # %% [markdown]
 # ## Your sentence
 #
-# As it is and spoilt in four ways, each also with the sentence's own end. Only the differences
-# mean something.
+# As it is and spoilt in four ways; the second number is with the sentence's own end, which only
+# what is cut off lacks. Only the differences mean something.
 
 # %%
 asked = f"JULIET:\nO Romeo!\n\n{preferences.PHRASES[0]}"
