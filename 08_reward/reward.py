@@ -377,18 +377,17 @@ class RewardModel(nn.Module):
 
 @torch.no_grad()
 def deepen(trunk, n):
-    """Put n blocks on top of a TransformerLM: their attention begins at all tokens alike, their MLP
-    adds nothing yet (Wu et al. 2024 begin with both at 0).
+    """Put n blocks on top of a TransformerLM that change nothing yet: what they add begins at 0,
+    their attention at all tokens alike (Wu et al. 2024).
 
     What the last block finds out about a token, such as that this name was among the speakers, it
-    is too late for the last token to gather: that takes one block more. So the mean over the tokens
-    is added from the start. Were it multiplied by 0, as the head is, then either would get its
-    gradient through the other, and neither any: both would wait."""
+    is too late for the last token to gather: that takes one block more."""
     config = trunk.config
     for _ in range(n):
         config.windows.append(config.window)
         block = Block(config, config.n_layers).to(trunk.token_embedding.weight)
         block.attention.qkv.weight[: config.n_heads * config.head_dim] = 0  # the queries
+        block.attention.out.weight.zero_()
         block.mlp.down.weight.zero_()
         trunk.blocks.append(block)
         config.n_layers += 1
@@ -454,7 +453,7 @@ class TrainConfig:
     packing: bool = True  # several prompts in a row; without, those of like length together
     shared: bool = True  # the replies to a prompt share it; without, each has it once more
     bidirectional: bool = False  # each token sees the whole text: an encoder
-    extra_blocks: int = 0  # blocks put on top of the model
+    extra_blocks: int = 0  # blocks put on top of the model, which change nothing at first
     freeze_steps: int = 0  # first steps, in which only these and the head learn
     loss: str = "bradley_terry"  # bradley_terry or margin
     margin: float = 1.0  # how far apart the two rewards have to be, of the margin loss
