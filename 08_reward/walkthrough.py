@@ -324,7 +324,8 @@ figure.tight_layout()
 # ## Your sentence
 #
 # As it is and spoilt in four ways; the second number is with the sentence's own end, which only
-# what is cut off lacks. Only the differences mean something.
+# what is cut off lacks. Only the differences mean something. (Of held-out speeches about one in ten
+# is ranked below its own words shuffled. Yours may be among them.)
 
 # %%
 asked = f"JULIET:\nO Romeo!\n\n{preferences.PHRASES[0]}"
