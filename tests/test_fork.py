@@ -52,7 +52,7 @@ def test_fork_runs_alone(tmp_path, name):
     in_fork(folder, f"{name}/run.py", *words)
     made = {path.name for path in (folder.parent / "out").iterdir()}
     assert name in made  # in the fork, not beside the original
-    # All of its tests are collected there, and one in twelve runs: beside the original all of them do.
+    # All of its tests are collected there and one in twelve runs: beside the original all do.
     quiet = ("-m", "pytest", "-p", "no:cacheprovider")
     listed = in_fork(folder, *quiet, name, "--collect-only")
     tests = [line for line in listed.splitlines() if line.startswith(f"{name}/") and "::" in line]
